@@ -1,0 +1,1 @@
+"""tiermem: a KV cache larger than the GPU."""

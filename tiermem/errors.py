@@ -1,0 +1,35 @@
+"""The whole tree of errors that tiermem raises on purpose.
+
+Wrong types and shapes raise the built-in ``TypeError`` and ``ValueError``; everything that a caller may
+want to tell apart at run time is here.
+"""
+
+from __future__ import annotations
+
+
+class TierMemError(Exception):
+    """Base of every error of tiermem."""
+
+
+class ConfigError(TierMemError, ValueError):
+    """A configuration, a size, a path or a store that cannot be used; names key, value and range."""
+
+
+class OutOfPagesError(TierMemError, MemoryError):
+    """No slot can be freed: nothing is in flight and nothing can be dropped. Carries the counts."""
+
+
+class TransferError(TierMemError, OSError):
+    """A copy, a read or a write failed; the pages it was to fill are as they were before."""
+
+
+class CorruptPageError(TransferError):
+    """Bytes that came back are not the bytes that were stored; they were not served."""
+
+
+class ClosedError(TierMemError, RuntimeError):
+    """A manager, sequence or step was used after it was closed."""
+
+
+class InvariantError(TierMemError, AssertionError):
+    """The bookkeeping contradicts itself: a defect of tiermem, never of the caller."""
