@@ -1,0 +1,8 @@
+// Every part of the module tiermem._core: one function a file, called once by module.cpp.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+void bind_page_table(nanobind::module_& module);
+void bind_prefix_index(nanobind::module_& module);
+void bind_io(nanobind::module_& module);

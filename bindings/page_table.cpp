@@ -1,0 +1,3 @@
+#include "bindings.h"
+
+void bind_page_table(nanobind::module_&) {}

@@ -1,0 +1,3 @@
+#include "bindings.h"
+
+void bind_prefix_index(nanobind::module_&) {}
