@@ -1,0 +1,133 @@
+"""CpuDevice: the device protocol on the host alone, so that the same code runs without a GPU.
+
+Hot memory is host memory and a copy has ended when `copy` returns, so every event is done from the start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import torch
+
+from tiermem.device.copies import CopyBatch
+from tiermem.device.host import HostMemory, host_free_bytes, host_total_bytes
+from tiermem.device.protocol import (
+    Addresses,
+    DeviceKind,
+    Direction,
+    Event,
+    Memory,
+    MemoryInfo,
+    Stream,
+)
+from tiermem.errors import ClosedError
+
+
+class CpuEvent:
+    """A point in a stream whose work has always ended."""
+
+    __slots__ = ()
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return None
+
+
+class CpuStream:
+    """A queue that is always empty: work runs as it is given."""
+
+    __slots__ = ("_device",)
+
+    def __init__(self, device: CpuDevice) -> None:
+        self._device = device
+
+    def record(self) -> Event:
+        self._device.check_open()
+        return CpuEvent()
+
+    def wait_event(self, event: Event) -> None:
+        self._device.check_open()
+        if not isinstance(event, CpuEvent):
+            raise TypeError(f"event={event!r}: must be an event of the same device")
+
+    def synchronize(self) -> None:
+        self._device.check_open()
+
+
+class CpuDevice:
+    """Host memory in the part of hot memory, and copies by memmove."""
+
+    def __init__(self) -> None:
+        self._memories: set[HostMemory] = set()
+        self._stream = CpuStream(self)
+        self._closed = False
+
+    @property
+    def kind(self) -> DeviceKind:
+        return DeviceKind.CPU
+
+    @property
+    def name(self) -> str:
+        return platform.processor() or platform.machine()
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        return None
+
+    def allocate(self, num_bytes: int) -> Memory:
+        self.check_open()
+        memory = HostMemory(num_bytes, on_free=self._memories.discard)
+        self._memories.add(memory)
+        return memory
+
+    def allocate_host(self, num_bytes: int) -> Memory:
+        return self.allocate(num_bytes)
+
+    def new_stream(self) -> Stream:
+        self.check_open()
+        return CpuStream(self)
+
+    def compute_stream(self) -> Stream:
+        self.check_open()
+        return self._stream
+
+    def copy(
+        self,
+        direction: Direction,
+        dst: Addresses,
+        src: Addresses,
+        num_bytes: Addresses | int,
+        stream: Stream,
+    ) -> None:
+        self.check_open()
+        if not isinstance(stream, CpuStream):
+            raise TypeError(f"stream={stream!r}: must be a stream of the same device")
+        move_now(CopyBatch.checked(dst, src, num_bytes))
+
+    def memory_info(self) -> MemoryInfo:
+        self.check_open()
+        return MemoryInfo(free_bytes=host_free_bytes(), total_bytes=host_total_bytes())
+
+    def close(self) -> None:
+        self._closed = True
+        for memory in list(self._memories):
+            memory.free()
+
+    def check_open(self) -> None:
+        """Raise ClosedError once the device is closed."""
+        if self._closed:
+            raise ClosedError("the CPU device is closed")
+
+
+def move_now(batch: CopyBatch) -> None:
+    """Copy every piece of `batch` by memmove, in order; all addresses are host memory of this process."""
+    pieces = zip(batch.dst.tolist(), batch.src.tolist(), batch.num_bytes.tolist(), strict=True)
+    for dst, src, num_bytes in pieces:
+        ctypes.memmove(dst, src, num_bytes)

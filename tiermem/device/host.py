@@ -1,0 +1,174 @@
+"""HostMemory: page-aligned anonymous memory of this process, the bytes behind every host allocation."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from tiermem.device.copies import check_num_bytes
+from tiermem.errors import ClosedError, ConfigError
+
+HUGE_PAGE_BYTES = 2 << 20
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class HostMemory:
+    """An anonymous mapping, backed by memory from the start.
+
+    Starts at a multiple of 4,096, from 2 MiB on at a multiple of 2 MiB with huge pages asked for, which keeps
+    direct I/O fast. The bytes are unmapped when `free()` was called and no view of `tensor` is left, so a
+    view that outlives its memory reads stale bytes and never another allocation's.
+    """
+
+    __slots__ = ("_address", "_num_bytes", "_on_free", "_tensor")
+
+    def __init__(
+        self,
+        num_bytes: int,
+        *,
+        fill: int = 0,
+        on_free: Callable[[HostMemory], None] | None = None,
+    ) -> None:
+        """Map `num_bytes` bytes, all equal to `fill`; `on_free` runs once, before the bytes go.
+
+        Raises
+        ------
+        TypeError, ValueError: `num_bytes` is not an int of at least 1.
+        ConfigError: the host has no room; names the bytes asked for and the available bytes.
+        """
+        check_num_bytes(num_bytes)
+        self._num_bytes = num_bytes
+        self._tensor: torch.Tensor | None = _map(num_bytes)
+        # The first touch costs 0.5 to 3 GB/s a thread; torch spreads it over its threads.
+        self._tensor.fill_(fill)
+        self._address = self._tensor.data_ptr()
+        self._on_free = on_free
+
+    @property
+    def address(self) -> int:
+        return self._address
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        if self._tensor is None:
+            raise ClosedError(f"host memory of {self._num_bytes} bytes was freed")
+        return self._tensor
+
+    def free(self) -> None:
+        if self._tensor is None:
+            return
+        if self._on_free is not None:
+            self._on_free(self)
+        self._tensor = None
+
+
+def host_free_bytes() -> int:
+    """Bytes this process can still take: what the system calls available, within the cgroup's limit."""
+    available = int(psutil.virtual_memory().available)
+    room = _cgroup_room_bytes()
+    return available if room is None else min(available, room)
+
+
+def host_total_bytes() -> int:
+    """Bytes of memory this process may use at most: the machine's, within the cgroup's limit."""
+    total = int(psutil.virtual_memory().total)
+    limit = _cgroup_limit_bytes()
+    return total if limit is None else min(total, limit)
+
+
+def _map(num_bytes: int) -> torch.Tensor:
+    free_bytes = host_free_bytes()
+    if num_bytes > free_bytes:
+        # Linux grants more than it has and kills the process at the touch, so ask before.
+        raise _no_room(num_bytes, free_bytes, "not enough memory is available")
+    padding = HUGE_PAGE_BYTES if num_bytes >= HUGE_PAGE_BYTES else 0
+    try:
+        mapping = mmap.mmap(-1, num_bytes + padding, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise _no_room(num_bytes, free_bytes, str(error)) from error
+    # A fork copies pinned pages at once, so a child of a process with a large pool would double it.
+    _advise(mapping, "MADV_DONTFORK")
+    if not padding:
+        return torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
+    _advise(mapping, "MADV_HUGEPAGE")
+    offset = -_address_of(mapping) % HUGE_PAGE_BYTES
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes, offset=offset)
+
+
+def _advise(mapping: mmap.mmap, advice: str) -> None:
+    """Ask the kernel for `advice`; a system without it is slower, and right all the same."""
+    option = getattr(mmap, advice, None)
+    if option is not None:
+        with suppress(OSError):
+            mapping.madvise(option)
+
+
+def _address_of(mapping: mmap.mmap) -> int:
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
+
+
+def _no_room(num_bytes: int, free_bytes: int, reason: str) -> ConfigError:
+    return ConfigError(
+        f"cannot allocate {num_bytes} bytes of host memory: {free_bytes} bytes are free ({reason})"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _CgroupFiles:
+    """Where one version of cgroups keeps the numbers of this process's group."""
+
+    limit: str
+    current: str
+    stat: str
+    file_cache: str
+
+
+_CGROUP_VERSIONS = (
+    _CgroupFiles("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    _CgroupFiles(
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+
+
+def _cgroup_limit_bytes() -> int | None:
+    limits = [_cgroup_number(files.limit) for files in _CGROUP_VERSIONS]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _cgroup_room_bytes() -> int | None:
+    """Bytes left under the cgroup's limit, its file cache counted as free; None without a limit."""
+    for files in _CGROUP_VERSIONS:
+        limit, current = _cgroup_number(files.limit), _cgroup_number(files.current)
+        if limit is not None and current is not None:
+            return max(0, limit - current + _cgroup_file_cache_bytes(files))
+    return None
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        text = (_CGROUP / name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cgroup_file_cache_bytes(files: _CgroupFiles) -> int:
+    try:
+        lines = (_CGROUP / files.stat).read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{files.file_cache} "))

@@ -1,0 +1,226 @@
+"""What tiermem asks of a device: memory by address, streams, events and batches of copies.
+
+Every device keeps the same promises, whether it is a GPU, the host alone or a simulation:
+
+* work given to one stream runs in the order given; streams run beside each other in any order;
+* a copy reads its source when it runs, not when it is submitted, so the source must stay as it is until
+  an event recorded behind the copy is done;
+* nothing that takes a stream waits on the host; only ``Event.wait`` and ``Stream.synchronize`` do;
+* the host may not assume that a copy has ended before it has seen ``done()`` or returned from ``wait()``.
+
+A device and everything made by it belong to one thread at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+MEMORY_ALIGN_BYTES = 4096
+"""Every allocation, hot or host, starts at a multiple of this: what direct file I/O needs."""
+
+Addresses: TypeAlias = NDArray[np.int64]
+
+
+class DeviceKind(Enum):
+    """What carries out the work."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+    SIMULATED = "simulated"
+
+
+class Direction(Enum):
+    """Which memory a copy reads and which it writes: host is pinned memory, device is hot memory."""
+
+    HOST_TO_DEVICE = "h2d"
+    DEVICE_TO_HOST = "d2h"
+    DEVICE_TO_DEVICE = "d2d"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInfo:
+    """Hot memory as the device reports it now, bytes; other processes' use is counted."""
+
+    free_bytes: int
+    total_bytes: int
+
+
+@runtime_checkable
+class Event(Protocol):
+    """A point in a stream's work; holding one means that it was recorded and may be asked about."""
+
+    def done(self) -> bool:
+        """Whether all work given to the stream before this event has ended.
+
+        Never blocks. Once true it stays true.
+
+        Raises
+        ------
+        TransferError: the device reports that the work failed; raised again by every later call.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Hold the calling thread until `done()`.
+
+        Raises
+        ------
+        TransferError: as `done()`.
+        """
+        ...
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """A queue of work that runs in order, beside other streams."""
+
+    def record(self) -> Event:
+        """An event that is done when everything given to this stream so far has ended."""
+        ...
+
+    def wait_event(self, event: Event) -> None:
+        """Let work given to this stream from now on start only when `event` is done.
+
+        The host does not wait. `event` must come from the same device; one that failed or was already
+        seen done holds nothing back.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Hold the calling thread until everything given to this stream has ended.
+
+        Raises
+        ------
+        TransferError: the device reports that some of the work failed.
+        """
+        ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """One allocation, of hot memory or of pinned host memory, owned by the device that made it."""
+
+    @property
+    def address(self) -> int:
+        """First byte, as the device and (for host memory) the host address it; a multiple of 4,096."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Usable bytes, as asked for."""
+        ...
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The bytes as a flat uint8 tensor of shape (num_bytes,), without a copy.
+
+        On the device's `torch_device` for hot memory, on the CPU for host memory. It and every view of
+        it must not be used after `free()`.
+
+        Raises
+        ------
+        ClosedError: the memory was freed.
+        """
+        ...
+
+    def free(self) -> None:
+        """Give the bytes back; later calls do nothing.
+
+        Ordering: all work that reads or writes the bytes must have been seen done.
+        """
+        ...
+
+
+@runtime_checkable
+class Device(Protocol):
+    """Hot memory, the host memory beside it, and what moves bytes between them."""
+
+    @property
+    def kind(self) -> DeviceKind: ...
+
+    @property
+    def name(self) -> str:
+        """The hardware's own name, for reports."""
+        ...
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where torch finds hot memory; with an index for CUDA."""
+        ...
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """(major, minor) of a GPU; None without one."""
+        ...
+
+    def allocate(self, num_bytes: int) -> Memory:
+        """Hot memory of `num_bytes` bytes with arbitrary content, aligned to 4,096.
+
+        Raises
+        ------
+        ValueError: `num_bytes` is below 1.
+        ConfigError: there is no room; names the bytes asked for and the free bytes.
+        ClosedError: the device is closed.
+        """
+        ...
+
+    def allocate_host(self, num_bytes: int) -> Memory:
+        """Page-aligned host memory with arbitrary content that copies run asynchronously from and to.
+
+        Every page of it is backed when this returns, and on CUDA pinned, so that it serves direct file
+        I/O and copies alike.
+
+        Raises
+        ------
+        As `allocate`.
+        """
+        ...
+
+    def new_stream(self) -> Stream:
+        """A stream for copies that waits for no other stream unless told; lives until `close()`."""
+        ...
+
+    def compute_stream(self) -> Stream:
+        """The stream that torch launches this device's kernels on at the moment of the call."""
+        ...
+
+    def copy(
+        self,
+        direction: Direction,
+        dst: Addresses,
+        src: Addresses,
+        num_bytes: Addresses | int,
+        stream: Stream,
+    ) -> None:
+        """Give `stream` a batch of copies; returns before they have run.
+
+        Parameters
+        ----------
+        direction: the same for the whole batch.
+        dst, src: (n,) int64, addresses inside memory of this device; n may be 0.
+        num_bytes: (n,) int64, or one number for all pieces.
+
+        Raises
+        ------
+        TypeError: an array that is not a one-dimensional int64 array.
+        ValueError: lengths that differ, or a piece of fewer than 1 byte; nothing was submitted.
+        TransferError: the device refused the batch.
+
+        Ordering: after everything given to `stream` before; among themselves the pieces have no order, so
+        none may write what another reads or writes.
+        """
+        ...
+
+    def memory_info(self) -> MemoryInfo:
+        """Free and total bytes of hot memory now."""
+        ...
+
+    def close(self) -> None:
+        """Wait for all work, then destroy streams and events and free what is left; later calls do nothing."""
+        ...
