@@ -1,0 +1,17 @@
+"""Attention over pages in a pool: store K and V, attend, merge partial results."""
+
+from __future__ import annotations
+
+from tiermem.attention.backend import AttentionBackend, backend_for
+from tiermem.attention.host import HostBackend
+from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView, SlotHolds
+
+__all__ = [
+    "TORCH_DTYPES",
+    "AttentionBackend",
+    "HostBackend",
+    "PagedTables",
+    "PoolView",
+    "SlotHolds",
+    "backend_for",
+]
