@@ -1,0 +1,1 @@
+"""How the reference language model in `models/reference` was made and measured."""
