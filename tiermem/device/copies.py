@@ -11,7 +11,7 @@ from tiermem.device.protocol import Addresses
 
 @dataclass(frozen=True, slots=True)
 class CopyBatch:
-    """Pieces to copy, contiguous int64 arrays of one length: dst[i] receives num_bytes[i] bytes of src[i]."""
+    """Contiguous int64 arrays of one length: dst[i] receives num_bytes[i] bytes of src[i]."""
 
     dst: Addresses
     src: Addresses

@@ -1,17 +1,17 @@
 """CpuDevice: the device protocol on the host alone, so that the same code runs without a GPU.
 
-Hot memory is host memory and a copy has ended when `copy` returns, so every event is done from the start.
+Hot memory is host memory and a copy has ended when `copy` returns, so every event is done from the
+start.
 """
 
 from __future__ import annotations
 
 import ctypes
-import platform
 
 import torch
 
 from tiermem.device.copies import CopyBatch
-from tiermem.device.host import HostMemory, host_free_bytes, host_total_bytes
+from tiermem.device.host import HostMemory, host_free_bytes, host_name, host_total_bytes
 from tiermem.device.protocol import (
     Addresses,
     DeviceKind,
@@ -71,7 +71,7 @@ class CpuDevice:
 
     @property
     def name(self) -> str:
-        return platform.processor() or platform.machine()
+        return host_name()
 
     @property
     def torch_device(self) -> torch.device:
@@ -127,7 +127,7 @@ class CpuDevice:
 
 
 def move_now(batch: CopyBatch) -> None:
-    """Copy every piece of `batch` by memmove, in order; all addresses are host memory of this process."""
+    """Copy every piece of `batch` by memmove, in order; all addresses are host memory."""
     pieces = zip(batch.dst.tolist(), batch.src.tolist(), batch.num_bytes.tolist(), strict=True)
     for dst, src, num_bytes in pieces:
         ctypes.memmove(dst, src, num_bytes)

@@ -1,8 +1,9 @@
-"""HostMemory: page-aligned anonymous memory of this process, the bytes behind every host allocation."""
+"""HostMemory: page-aligned anonymous memory, the bytes behind every host allocation."""
 
 from __future__ import annotations
 
 import mmap
+import platform
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 class HostMemory:
     """An anonymous mapping, backed by memory from the start.
 
-    Starts at a multiple of 4,096, from 2 MiB on at a multiple of 2 MiB with huge pages asked for, which keeps
-    direct I/O fast. The bytes are unmapped when `free()` was called and no view of `tensor` is left, so a
-    view that outlives its memory reads stale bytes and never another allocation's.
+    Starts at a multiple of 4,096, from 2 MiB on at a multiple of 2 MiB with huge pages asked for,
+    which keeps direct I/O fast. The bytes are unmapped when `free()` was called and no view of
+    `tensor` is left, so a view that outlives its memory reads stale bytes and never another
+    allocation's.
     """
 
     __slots__ = ("_address", "_num_bytes", "_on_free", "_tensor")
@@ -73,7 +75,7 @@ class HostMemory:
 
 
 def host_free_bytes() -> int:
-    """Bytes this process can still take: what the system calls available, within the cgroup's limit."""
+    """Bytes this process can still take: what the system has, within the cgroup's limit."""
     available = int(psutil.virtual_memory().available)
     room = _cgroup_room_bytes()
     return available if room is None else min(available, room)
@@ -84,6 +86,15 @@ def host_total_bytes() -> int:
     total = int(psutil.virtual_memory().total)
     limit = _cgroup_limit_bytes()
     return total if limit is None else min(total, limit)
+
+
+def host_name() -> str:
+    """The processor's name as Linux shows it, else its architecture."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _map(num_bytes: int) -> torch.Tensor:

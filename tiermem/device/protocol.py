@@ -3,10 +3,11 @@
 Every device keeps the same promises, whether it is a GPU, the host alone or a simulation:
 
 * work given to one stream runs in the order given; streams run beside each other in any order;
-* a copy reads its source when it runs, not when it is submitted, so the source must stay as it is until
-  an event recorded behind the copy is done;
+* a copy reads its source when it runs, not when it is submitted, so the source must stay as it is
+  until an event recorded behind the copy is done;
 * nothing that takes a stream waits on the host; only ``Event.wait`` and ``Stream.synchronize`` do;
-* the host may not assume that a copy has ended before it has seen ``done()`` or returned from ``wait()``.
+* the host may not assume that a copy has ended before it has seen ``done()`` or returned from
+  ``wait()``.
 
 A device and everything made by it belong to one thread at a time.
 """
@@ -36,7 +37,7 @@ class DeviceKind(Enum):
 
 
 class Direction(Enum):
-    """Which memory a copy reads and which it writes: host is pinned memory, device is hot memory."""
+    """What a copy reads and what it writes: host is pinned memory, device is hot memory."""
 
     HOST_TO_DEVICE = "h2d"
     DEVICE_TO_HOST = "d2h"
@@ -87,8 +88,8 @@ class Stream(Protocol):
     def wait_event(self, event: Event) -> None:
         """Let work given to this stream from now on start only when `event` is done.
 
-        The host does not wait. `event` must come from the same device; one that failed or was already
-        seen done holds nothing back.
+        The host does not wait. `event` must come from the same device; one that failed or was
+        already seen done holds nothing back.
         """
         ...
 
@@ -108,7 +109,7 @@ class Memory(Protocol):
 
     @property
     def address(self) -> int:
-        """First byte, as the device and (for host memory) the host address it; a multiple of 4,096."""
+        """First byte, for the device and (of host memory) the host; a multiple of 4,096."""
         ...
 
     @property
@@ -120,8 +121,8 @@ class Memory(Protocol):
     def tensor(self) -> torch.Tensor:
         """The bytes as a flat uint8 tensor of shape (num_bytes,), without a copy.
 
-        On the device's `torch_device` for hot memory, on the CPU for host memory. It and every view of
-        it must not be used after `free()`.
+        On the device's `torch_device` for hot memory, on the CPU for host memory. It and every view
+        of it must not be used after `free()`.
 
         Raises
         ------
@@ -171,10 +172,10 @@ class Device(Protocol):
         ...
 
     def allocate_host(self, num_bytes: int) -> Memory:
-        """Page-aligned host memory with arbitrary content that copies run asynchronously from and to.
+        """Page-aligned host memory with arbitrary content, for copies, file I/O and attention.
 
-        Every page of it is backed when this returns, and on CUDA pinned, so that it serves direct file
-        I/O and copies alike.
+        Every page of it is backed when this returns, and on CUDA pinned, so that it serves direct
+        file I/O and copies alike.
 
         Raises
         ------
@@ -210,10 +211,11 @@ class Device(Protocol):
         ------
         TypeError: an array that is not a one-dimensional int64 array.
         ValueError: lengths that differ, or a piece of fewer than 1 byte; nothing was submitted.
-        TransferError: the device refused the batch.
+        TransferError: the device refused the batch; none of it is running any more, but some pieces
+            may have been copied.
 
-        Ordering: after everything given to `stream` before; among themselves the pieces have no order, so
-        none may write what another reads or writes.
+        Ordering: after everything given to `stream` before; among themselves the pieces have no
+        order, so none may write what another reads or writes.
         """
         ...
 
@@ -222,5 +224,8 @@ class Device(Protocol):
         ...
 
     def close(self) -> None:
-        """Wait for all work, then destroy streams and events and free what is left; later calls do nothing."""
+        """Wait for all work, then destroy streams and events and free what is left.
+
+        Later calls do nothing; every other use of the device raises ClosedError.
+        """
         ...
