@@ -1,8 +1,32 @@
 // tiermem._core: the native core as Python sees it. Argument conversion and error mapping only.
+#include <exception>
+
 #include "bindings.h"
+#include "tiermem/errors.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// InvariantError of the core becomes tiermem.errors.InvariantError, which the module keeps.
+void map_errors() {
+  nb::object python_class = nb::module_::import_("tiermem.errors").attr("InvariantError");
+  nb::register_exception_translator(
+      [](const std::exception_ptr& thrown, void* python_class) {
+        try {
+          std::rethrow_exception(thrown);
+        } catch (const tiermem::InvariantError& error) {
+          PyErr_SetString(static_cast<PyObject*>(python_class), error.what());
+        }
+      },
+      python_class.release().ptr());
+}
+
+}  // namespace
 
 NB_MODULE(_core, module) {
   module.doc() = "Native core of tiermem: page table, prefix index, file I/O and checksum.";
+  map_errors();
   bind_page_table(module);
   bind_prefix_index(module);
   bind_io(module);
