@@ -1,0 +1,208 @@
+"""TierConfig: how large the tiers are and how they behave. Checked when made; nothing is allocated here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+
+from tiermem.configfile import read_table
+from tiermem.errors import ConfigError
+from tiermem.fields import (
+    check_device,
+    check_enum,
+    check_int,
+    check_keys,
+    check_number,
+    check_path,
+    check_text,
+    refuse,
+)
+from tiermem.legacy import LEGACY_KEYS, translate
+from tiermem.profiles import find_profile, hardware_profiles, profile_for_device
+from tiermem.units import Size, SizeKind, SizeLike, format_bytes
+
+__all__ = ["AttentionMath", "IoEngine", "TierConfig", "profile_for_device"]
+
+AUTO_GPU_FRACTION = 0.8
+AUTO_RAM_FRACTION = 0.25
+AUTO_SSD_FRACTION = 0.25
+"""What "auto" takes of the memory or disk that is free when the pool is made."""
+
+
+class IoEngine(Enum):
+    """How the SSD tier's file is read and written. AUTO: io_uring where the kernel permits it, else threads."""
+
+    AUTO = "auto"
+    URING = "uring"
+    THREADS = "threads"
+
+
+class AttentionMath(Enum):
+    """How attention multiplies. AUTO: in the pages' dtype, on tensor cores where there are any, summed in fp32.
+
+    FLOAT32: operands are widened to fp32 first; slower, and without the rounding of fp16 products.
+    """
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class TierConfig:
+    """Sizes and behaviour of the tiers; read-only.
+
+    Parameters
+    ----------
+    gpu, ram, ssd: size of the hot, warm and cold tier: bytes, "8GiB", "50%", 0.5 (of what is free when the
+        pool is made) or "auto". 0 switches ram or ssd off; gpu must be above 0.
+    ssd_path: directory of the cold tier. A size of ssd above 0 needs it; without it "auto" is 0.
+    device: "auto", "cpu", "cuda" or "cuda:N".
+    gpu_limit: the most bytes of device memory that the hot pool and staging may take together; None for no
+        limit but the device's.
+    low_watermark, high_watermark: shares (0 to 1) of a tier's pages that are free or clean and unpinned:
+        below low, pages are demoted ahead of need, until it is high.
+    staging_pages: 1 to 4096, pages of staging per direction.
+    max_sequences: 1 to 65536, the most sequences in one step; sizes the step's fixed device buffers.
+    io_engine: an IoEngine or its text.
+    io_timeout_s: above 0 to 3600, deadline of one read or write, seconds.
+    pressure_warning, pressure_critical: shares (0 to 1) of device or host memory in use at which a warning is
+        logged, once a level.
+    attention_math: an AttentionMath or its text.
+
+    Raises
+    ------
+    ConfigError: naming key, value and allowed range.
+    """
+
+    gpu: Size
+    ram: Size
+    ssd: Size
+    ssd_path: Path | None
+    device: str
+    gpu_limit: Size | None
+    low_watermark: float
+    high_watermark: float
+    staging_pages: int
+    max_sequences: int
+    io_engine: IoEngine
+    io_timeout_s: float
+    pressure_warning: float
+    pressure_critical: float
+    attention_math: AttentionMath
+
+    def __init__(
+        self,
+        gpu: SizeLike = "auto",
+        ram: SizeLike = "auto",
+        ssd: SizeLike = "auto",
+        ssd_path: str | Path | None = None,
+        device: str = "auto",
+        *,
+        gpu_limit: SizeLike | None = None,
+        low_watermark: float = 0.05,
+        high_watermark: float = 0.10,
+        staging_pages: int = 4,
+        max_sequences: int = 256,
+        io_engine: IoEngine | str = IoEngine.AUTO,
+        io_timeout_s: float = 30.0,
+        pressure_warning: float = 0.90,
+        pressure_critical: float = 0.97,
+        attention_math: AttentionMath | str = AttentionMath.AUTO,
+    ) -> None:
+        path = None if ssd_path is None else check_path("ssd_path", ssd_path)
+        values: dict[str, object] = {
+            "gpu": Size.parse(gpu, "gpu", AUTO_GPU_FRACTION),
+            "ram": Size.parse(ram, "ram", AUTO_RAM_FRACTION),
+            "ssd": _without_path(Size.parse(ssd, "ssd", AUTO_SSD_FRACTION), path),
+            "ssd_path": path,
+            "device": check_device("device", device),
+            "gpu_limit": None if gpu_limit is None else Size.parse(gpu_limit, "gpu_limit"),
+            "low_watermark": check_number("low_watermark", low_watermark, 0, 1),
+            "high_watermark": check_number("high_watermark", high_watermark, 0, 1),
+            "staging_pages": check_int("staging_pages", staging_pages, 1, 4096),
+            "max_sequences": check_int("max_sequences", max_sequences, 1, 65536),
+            "io_engine": check_enum("io_engine", io_engine, IoEngine),
+            "io_timeout_s": check_number("io_timeout_s", io_timeout_s, 0.001, 3600),
+            "pressure_warning": check_number("pressure_warning", pressure_warning, 0, 1),
+            "pressure_critical": check_number("pressure_critical", pressure_critical, 0, 1),
+            "attention_math": check_enum("attention_math", attention_math, AttentionMath),
+        }
+        for key, value in values.items():
+            object.__setattr__(self, key, value)
+        _check_sizes(self)
+        _check_order(self, "low_watermark", "high_watermark")
+        _check_order(self, "pressure_warning", "pressure_critical")
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: object) -> TierConfig:
+        """Read a `.json` or `.toml` file; `overrides` replace keys of the file before anything is checked.
+
+        Older key names (tiermem/legacy.py) are translated; `description` is text for people.
+
+        Raises
+        ------
+        ConfigError: naming file, key, value and allowed range.
+        """
+        table = read_table(path)
+        try:
+            return cls.from_table({**translate(table), **overrides})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_profile(cls, name: str, **overrides: object) -> TierConfig:
+        """The shipped hardware profile `name` ("t4", "a10", "a100", "h100", "h200", "cpu")."""
+        return cls.load(find_profile(name, hardware_profiles()), **overrides)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, object]) -> TierConfig:
+        """A configuration from keys and values of unknown types; see `load` for older names."""
+        given = translate(table)
+        check_keys(given, [*(field.name for field in fields(cls)), "description", *LEGACY_KEYS])
+        if "description" in given:
+            check_text("description", given.pop("description"), 1000)
+        # Each value is checked by the constructor, whatever its type.
+        return cls(**given)  # type: ignore[arg-type]
+
+    def to_table(self) -> dict[str, object]:
+        """Keys and values that JSON can hold and that `from_table` reads back as an equal configuration."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+
+def _without_path(ssd: Size, path: Path | None) -> Size:
+    """`ssd`, which is 0 when it is "auto" and there is nowhere to put it."""
+    if path is None and ssd.kind is SizeKind.AUTO:
+        return Size(SizeKind.EXPLICIT)
+    return ssd
+
+
+def _check_sizes(config: TierConfig) -> None:
+    if config.gpu.is_zero:
+        raise ConfigError(
+            "gpu=0: must be above 0; attention needs a hot tier, if only of a few pages"
+        )
+    if config.ssd_path is None and not config.ssd.is_zero:
+        raise ConfigError(f"ssd={config.ssd}: needs ssd_path, the directory of the cold tier")
+    limit = config.gpu_limit
+    if limit is None:
+        return
+    if limit.kind is not SizeKind.EXPLICIT or limit.is_zero:
+        raise refuse("gpu_limit", str(limit), "bytes above 0, or text with a unit")
+    if config.gpu.kind is SizeKind.EXPLICIT and config.gpu.num_bytes > limit.num_bytes:
+        raise ConfigError(
+            f"gpu={config.gpu}: must be at most gpu_limit={format_bytes(limit.num_bytes)}"
+        )
+
+
+def _check_order(config: TierConfig, low_key: str, high_key: str) -> None:
+    low, high = getattr(config, low_key), getattr(config, high_key)
+    if low > high:
+        raise ConfigError(f"{low_key}={low}: must be at most {high_key}={high}")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    return str(value) if isinstance(value, (Size, Path)) else value
