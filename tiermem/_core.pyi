@@ -4,6 +4,7 @@ Arguments of another dtype, rank or stride raise ``TypeError``; nothing is cast 
 """
 
 import enum
+import os
 from typing import Final, final
 
 import numpy as np
@@ -181,3 +182,221 @@ class PageTable:
 
     @property
     def lowest_tier(self) -> Tier: ...
+
+# -- Files and I/O --------------------------------------------------------------------------------
+
+class OpenMode(enum.Enum):
+    """What opening a file may change."""
+
+    READ_ONLY = 0
+    """The file must be there; nothing about it changes."""
+    EXISTING = 1
+    """The file must be there, and long enough."""
+    CREATE = 2
+    """Made if absent, grown to the wanted size if shorter, never shrunk."""
+
+@final
+class BlockFile:
+    """One preallocated file of bytes, reachable past the page cache and through it.
+
+    Opens `path` (text, bytes or a path object), itself no symbolic link and a regular file, with
+    mode 0600 if it is made. With `CREATE` every byte that is added is allocated on the disk, and a
+    file that was there keeps its bytes; with the other modes `size_bytes` is the least it must have.
+
+    Raises OSError with errno and filename: ENOSPC if the free space does not suffice (the file is
+    then as it was before), ENODATA if the file is shorter than `size_bytes`, ELOOP for a symbolic
+    link, EINVAL for anything but a regular file, FileNotFoundError and so on. ValueError: a negative
+    `size_bytes`, or 0 with `CREATE`.
+
+    Not to be used by two threads at once. A context manager that closes.
+    """
+
+    def __init__(
+        self, path: str | bytes | os.PathLike[str] | os.PathLike[bytes], size_bytes: int,
+        mode: OpenMode,
+    ) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def size_bytes(self) -> int:
+        """Length of the file; every operation must lie below it."""
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether aligned operations bypass the page cache."""
+
+    @property
+    def is_closed(self) -> bool: ...
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes the file takes on the disk, as `du` counts them. Raises OSError."""
+
+    def sync(self) -> None:
+        """Return when every write that completed before would survive a loss of power.
+
+        Raises OSError: some of those writes may then be lost, also if a later sync succeeds.
+        Releases the GIL.
+        """
+
+    def resize(self, size_bytes: int) -> None:
+        """Grow the file, allocating what is added, or cut it off. No operation may be in flight.
+
+        Raises OSError (ENOSPC and others; nothing changed) and ValueError for less than 1 byte.
+        """
+
+    def close(self) -> None:
+        """Let go of the file; operations in flight keep it until they end. Idempotent."""
+
+    def __enter__(self) -> BlockFile: ...
+    def __exit__(self, *exception: object) -> None: ...
+
+class EngineKind(enum.Enum):
+    """How an `IoEngine` moves bytes."""
+
+    AUTO = 0
+    """io_uring where the kernel allows it, else threads."""
+    IO_URING = 1
+    THREADS = 2
+
+class IoStatus(enum.Enum):
+    """What became of a ticket."""
+
+    PENDING = 0
+    """Operations are queued or in flight: their memory is not the caller's yet."""
+    OK = 1
+    """Every byte was moved."""
+    FAILED = 2
+    """An operation failed and none is in flight; which bytes were moved is not known."""
+
+@final
+class IoResult:
+    """Status of a ticket; for FAILED the first operation's errno and a text that names it."""
+
+    @property
+    def status(self) -> IoStatus: ...
+    @property
+    def errno(self) -> int:
+        """0 unless FAILED. ENODATA: the file ended before the read did."""
+
+    @property
+    def message(self) -> str: ...
+
+@final
+class IoCounters:
+    """Counted since construction; `reads` and `writes` count operations that ended well."""
+
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def bytes_written(self) -> int: ...
+    @property
+    def reads(self) -> int: ...
+    @property
+    def writes(self) -> int: ...
+    @property
+    def errors(self) -> int: ...
+    @property
+    def in_flight(self) -> int:
+        """Operations that have not ended, queued ones too."""
+
+@final
+class IoEngine:
+    """Asynchronous reads and writes between files and memory.
+
+    Parameters: `queue_depth`, operations in the kernel at once with io_uring, 1 to 4,096;
+    `num_threads`, operations under way at once with threads, 1 to 256. Raises ValueError for other
+    numbers and OSError if `kind` cannot be had.
+
+    Ordering: operations start in the order of their submission and end in any order. Nothing orders
+    two operations on the same bytes. An operation takes direct I/O if the file has it and its
+    offset, lengths and addresses are multiples of 4,096, else the page cache; so the caller has at
+    most one operation in flight on a range of a file.
+
+    Failures: a transfer that moved fewer bytes than asked is continued; a read that meets the end
+    of the file fails. When one operation of a ticket fails, those that have not started never do.
+
+    Threads: one thread submits. Other calls are serialised, except `counters`, which never blocks.
+    A context manager that closes and raises TimeoutError if something is still in flight.
+    """
+
+    def __init__(
+        self, kind: EngineKind = ..., queue_depth: int = 64, num_threads: int = 4
+    ) -> None: ...
+    @property
+    def kind(self) -> EngineKind:
+        """The kind in use: IO_URING or THREADS."""
+
+    def submit_read(
+        self, file: BlockFile, offsets: Int64s, addresses: Int64s, lengths: Int64s,
+        tail_addresses: Int64s | None = None, tail_length: int = 0,
+    ) -> int:
+        """Queue a batch and return its ticket, waiting for no operation.
+
+        Operation i moves lengths[i] bytes from offsets[i] of the file to addresses[i], and the
+        `tail_length` bytes behind them to tail_addresses[i]. The memory must stay valid until the
+        ticket is OK or FAILED; the arrays and the file need not.
+
+        Raises ValueError for arrays of different sizes, an operation beyond the file's
+        `size_bytes`, a length below 1 or an address 0; OSError (EBADF) for a closed file;
+        RuntimeError after `close`. Nothing was queued then.
+        """
+
+    def submit_write(
+        self, file: BlockFile, offsets: Int64s, addresses: Int64s, lengths: Int64s,
+        tail_addresses: Int64s | None = None, tail_length: int = 0,
+    ) -> int:
+        """As `submit_read`, from memory to the file. Durable only after `BlockFile.sync`."""
+
+    def poll(self, ticket: int) -> IoResult:
+        """What became of a ticket; kept until `forget`. Raises ValueError for an unknown ticket."""
+
+    def wait(self, ticket: int, timeout_s: float | None = None) -> IoResult:
+        """As `poll`, but wait for the end; PENDING when `timeout_s` is over. Releases the GIL."""
+
+    def forget(self, ticket: int) -> None:
+        """Drop the result of a ticket; of a pending one as soon as it ends. Raises as `poll`."""
+
+    def close(self, timeout_s: float | None = 30.0) -> bool:
+        """Refuse new batches and wait until nothing is in flight: True. May be called again.
+
+        When `timeout_s` is over first, operations that have not started are cancelled (ECANCELED);
+        False if one is still in flight then: its memory must stay valid for the life of the process.
+        """
+
+    def counters(self) -> IoCounters: ...
+    def __enter__(self) -> IoEngine: ...
+    def __exit__(self, *exception: object) -> None: ...
+
+# -- Checksum -------------------------------------------------------------------------------------
+
+class ChecksumPath(enum.Enum):
+    """Which instructions compute a checksum; the result is the same."""
+
+    AUTO = 0
+    PORTABLE = 1
+    AVX2 = 2
+    AVX512 = 3
+
+def checksum_path_supported(path: ChecksumPath) -> bool: ...
+def checksum(address: int, num_bytes: int, path: ChecksumPath = ...) -> int:
+    """Return the 64-bit checksum of memory (specified in `native/include/tiermem/checksum.h`).
+
+    Raises ValueError for a negative size, a null address or an unsupported path. The three
+    functions release the GIL.
+    """
+
+def checksum_slices(
+    address: int, slice_bytes: int, num_slices: int, path: ChecksumPath = ...
+) -> npt.NDArray[np.uint64]:
+    """Return the checksums of consecutive slices, shape (num_slices,). Raises as `checksum`."""
+
+def checksum_pages(
+    addresses: Int64s, slice_bytes: int, num_slices: int, path: ChecksumPath = ...
+) -> npt.NDArray[np.uint64]:
+    """Return the checksums of each page's slices, shape (len(addresses), num_slices).
+
+    Raises as `checksum`.
+    """
+
+def checksum_tables() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Return key and multiplier of the specification, 128 numbers each."""
