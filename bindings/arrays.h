@@ -11,7 +11,8 @@
 
 // An argument of exactly this dtype; pass `.noconvert()` so that nothing is cast silently.
 template <class T>
-using ArrayIn = nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+using ArrayIn =
+    nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
 
 template <class T>
 std::span<const T> span_of(const ArrayIn<T>& array) {

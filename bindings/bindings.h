@@ -6,4 +6,5 @@
 void bind_page_table(nanobind::module_& module);
 void bind_prefix_index(nanobind::module_& module);
 void bind_io(nanobind::module_& module);
+void bind_fault_ops(nanobind::module_& module);
 void bind_checksum(nanobind::module_& module);

@@ -43,9 +43,8 @@ auto on_copies() {
 
 template <class As, auto kMethod>
 auto answer_ids() {
-  return [](PageTable& table, const Ids& ids) {
-    return to_array<As>((table.*kMethod)(span_of(ids)));
-  };
+  return
+      [](PageTable& table, const Ids& ids) { return to_array<As>((table.*kMethod)(span_of(ids))); };
 }
 
 template <class As, auto kMethod>
@@ -99,14 +98,18 @@ void bind_values(nb::module_& module) {
 void bind_transitions(nb::class_<PageTable>& table) {
   const auto ids = [] { return nb::arg("ids").noconvert(); };
   table
-      .def("create",
-           [](PageTable& self, std::int64_t count) { return to_array<std::int64_t>(self.create(count)); },
-           "count"_a)
-      .def("create_stored",
-           [](PageTable& self, int tier, const Ids& slots) {
-             return to_array<std::int64_t>(self.create_stored(tier_of(tier), span_of(slots)));
-           },
-           "tier"_a, nb::arg("slots").noconvert())
+      .def(
+          "create",
+          [](PageTable& self, std::int64_t count) {
+            return to_array<std::int64_t>(self.create(count));
+          },
+          "count"_a)
+      .def(
+          "create_stored",
+          [](PageTable& self, int tier, const Ids& slots) {
+            return to_array<std::int64_t>(self.create_stored(tier_of(tier), span_of(slots)));
+          },
+          "tier"_a, nb::arg("slots").noconvert())
       .def("add_ref", on_ids<&PageTable::add_ref>(), ids())
       .def("release", answer_ids<std::int64_t, &PageTable::release>(), ids())
       .def("publish", on_ids<&PageTable::publish>(), ids())
@@ -129,11 +132,12 @@ void bind_transitions(nb::class_<PageTable>& table) {
 void bind_questions(nb::class_<PageTable>& table) {
   const auto ids = [] { return nb::arg("ids").noconvert(); };
   table
-      .def("coldest_dirty",
-           [](const PageTable& self, int tier, std::int64_t count) {
-             return to_array<std::int64_t>(self.coldest_dirty(tier_of(tier), count));
-           },
-           "tier"_a, "count"_a)
+      .def(
+          "coldest_dirty",
+          [](const PageTable& self, int tier, std::int64_t count) {
+            return to_array<std::int64_t>(self.coldest_dirty(tier_of(tier), count));
+          },
+          "tier"_a, "count"_a)
       .def("slots", answer_copies<std::int64_t, &PageTable::slots>(), ids(), "tier"_a)
       .def("states", answer_copies<std::uint8_t, &PageTable::states>(), ids(), "tier"_a)
       .def("pins", answer_copies<std::int64_t, &PageTable::pins>(), ids(), "tier"_a)
@@ -143,8 +147,9 @@ void bind_questions(nb::class_<PageTable>& table) {
       .def("is_published", answer_ids<bool, &PageTable::is_published>(), ids())
       .def("is_lost", answer_ids<bool, &PageTable::is_lost>(), ids())
       .def("alive", answer_ids<bool, &PageTable::alive>(), ids())
-      .def("counts",
-           [](const PageTable& self, int tier) { return self.counts(tier_of(tier)); }, "tier"_a)
+      .def(
+          "counts", [](const PageTable& self, int tier) { return self.counts(tier_of(tier)); },
+          "tier"_a)
       .def("check", &PageTable::check)
       .def_prop_ro("num_pages", &PageTable::num_pages)
       .def_prop_ro("lowest_tier", &PageTable::lowest_tier);
@@ -155,11 +160,12 @@ void bind_questions(nb::class_<PageTable>& table) {
 void bind_page_table(nb::module_& module) {
   bind_values(module);
   nb::class_<PageTable> table(module, "PageTable");
-  table.def("__init__",
-            [](PageTable* self, std::int64_t gpu, std::int64_t ram, std::int64_t ssd) {
-              new (self) PageTable({gpu, ram, ssd});
-            },
-            "gpu"_a, "ram"_a, "ssd"_a);
+  table.def(
+      "__init__",
+      [](PageTable* self, std::int64_t gpu, std::int64_t ram, std::int64_t ssd) {
+        new (self) PageTable({gpu, ram, ssd});
+      },
+      "gpu"_a, "ram"_a, "ssd"_a);
   bind_transitions(table);
   bind_questions(table);
 }

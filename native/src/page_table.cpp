@@ -13,6 +13,8 @@ namespace {
 
 constexpr std::size_t kMaxPages = std::numeric_limits<std::int32_t>::max();
 constexpr std::array<const char*, kNumTiers> kTierNames = {"gpu", "ram", "ssd"};
+constexpr std::array<const char*, kNumTiers> kUnpinNames = {
+    "unpin in tier gpu", "unpin in tier ram", "unpin in tier ssd"};
 constexpr std::array<const char*, 7> kPlaceNames = {"ABSENT",    "FILLING",   "pinned", "open",
                                                     "droppable", "redundant", "dirty"};
 
@@ -26,7 +28,8 @@ class PageTable::Marks {
   Marks& operator=(const Marks&) = delete;
 
   ~Marks() {
-    for (const PageId id : ids_.first(num_marked_)) page_of(id).flags &= static_cast<std::uint8_t>(~kMarked);
+    for (const PageId id : ids_.first(num_marked_))
+      page_of(id).flags &= static_cast<std::uint8_t>(~kMarked);
   }
 
   // REQUIRES: called for the ids of the batch in their order.
@@ -75,7 +78,8 @@ std::int32_t PageTable::find(const char* verb, PageId id) const {
 
 void PageTable::refuse(const char* verb, PageId id, const char* want) const {
   std::string text = std::string(verb) + ": page " + std::to_string(id) + " (index " +
-                     std::to_string(id & 0xffffffff) + ", generation " + std::to_string(id >> 32) + ")";
+                     std::to_string(id & 0xffffffff) + ", generation " + std::to_string(id >> 32) +
+                     ")";
   const std::int32_t index = index_of(id);
   if (index != kNone) {
     const Page& page = page_at(index);
@@ -86,7 +90,8 @@ void PageTable::refuse(const char* verb, PageId id, const char* want) const {
     for (std::size_t tier = 0; tier < kNumTiers; ++tier) {
       text += std::string(", ") + kTierNames[tier] + " " +
               kPlaceNames[static_cast<std::size_t>(page.places[tier])];
-      if (page.copies[tier].pins > 0) text += " with " + std::to_string(page.copies[tier].pins) + " pins";
+      if (page.copies[tier].pins > 0)
+        text += " with " + std::to_string(page.copies[tier].pins) + " pins";
     }
   }
   throw InvariantError(text + ": " + want);
@@ -96,7 +101,8 @@ void PageTable::refuse(const char* verb, PageId id, std::size_t tier, const char
   refuse((std::string(verb) + " in tier " + kTierNames[tier]).c_str(), id, want);
 }
 
-// -- Life of a page --------------------------------------------------------------------------------
+// -- Life of a page
+// --------------------------------------------------------------------------------
 
 // Room for new pages, so that nothing can fail once the first is made.
 void PageTable::grow(std::size_t num_new) {
@@ -179,23 +185,14 @@ void PageTable::add_ref(PageIds ids) {
 }
 
 std::vector<PageId> PageTable::release(PageIds ids) {
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    const std::int32_t index = index_of(ids[i]);
-    if (index != kNone && page_at(index).refs > 0) {
-      --page_at(index).refs;
-      continue;
-    }
-    for (const PageId done : ids.first(i)) ++page_at(index_of(done)).refs;
-    refuse("release", id_of(find("release", ids[i])), "must be referred to as often as it is given");
-  }
+  require_countdown("release", ids, "must be referred to as often as it is given",
+                    [](Page& page) -> std::int32_t& { return page.refs; });
   std::vector<PageId> dead;
-  for (const PageId id : ids) {
-    const std::int32_t index = index_of(id);  // kNone: given twice, and dead since
-    if (index == kNone || page_at(index).refs > 0) continue;
+  each("release", ids, [&](std::int32_t index) {
+    if (--page_at(index).refs > 0) return;
     settle(index, dead);
-    if (index_of(id) == kNone) continue;
     for (std::size_t tier = 0; tier < kNumTiers; ++tier) to_hot_end(index, tier);
-  }
+  });
   return dead;
 }
 
@@ -247,8 +244,9 @@ void PageTable::reopen(PageIds ids) {
     const bool is_private = page.refs == 1 && !page.has(kPublished) && !page.has(kLost);
     const bool is_alone = page.is_valid(tier_number(Tier::Gpu)) && page.num_copies() == 1;
     if (!page.has(kSealed) || !is_private || !is_alone) {
-      refuse("reopen", id_of(index),
-             "must be sealed, have refs 1, not be published or lost, and be VALID in tier gpu alone");
+      refuse(
+          "reopen", id_of(index),
+          "must be sealed, have refs 1, not be published or lost, and be VALID in tier gpu alone");
     }
     marks.add(index);
   });
@@ -263,7 +261,8 @@ void PageTable::mark_lost(PageIds ids) {
   each("mark_lost", ids, [&](std::int32_t index) { page_at(index).flags |= kLost; });
 }
 
-// -- Life of a copy --------------------------------------------------------------------------------
+// -- Life of a copy
+// --------------------------------------------------------------------------------
 
 std::vector<Slot> PageTable::reserve(PageIds ids, Tier tier) {
   const std::size_t t = tier_number(tier);
@@ -298,7 +297,8 @@ std::vector<PageId> PageTable::commit(PageIds ids, Tier tier) {
   const std::size_t t = tier_number(tier);
   Marks marks(*this, "commit", ids);
   each("commit", ids, [&](std::int32_t index) {
-    if (page_at(index).places[t] != Place::Filling) refuse("commit", id_of(index), t, "must be FILLING");
+    if (page_at(index).places[t] != Place::Filling)
+      refuse("commit", id_of(index), t, "must be FILLING");
     marks.add(index);
   });
   std::vector<PageId> dead;
@@ -348,7 +348,8 @@ std::vector<PageId> PageTable::discard(PageIds ids, Tier tier) {
   const std::size_t t = tier_number(tier);
   Marks marks(*this, "discard", ids);
   each("discard", ids, [&](std::int32_t index) {
-    if (!page_at(index).is_movable(t)) refuse("discard", id_of(index), t, "must be VALID and unpinned");
+    if (!page_at(index).is_movable(t))
+      refuse("discard", id_of(index), t, "must be VALID and unpinned");
     marks.add(index);
   });
   std::vector<PageId> dead;
@@ -374,22 +375,13 @@ void PageTable::pin(PageIds ids, Tier tier) {
 
 std::vector<PageId> PageTable::unpin(PageIds ids, Tier tier) {
   const std::size_t t = tier_number(tier);
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    const std::int32_t index = index_of(ids[i]);
-    if (index != kNone && page_at(index).copies[t].pins > 0) {
-      --page_at(index).copies[t].pins;
-      continue;
-    }
-    for (const PageId done : ids.first(i)) ++page_at(index_of(done)).copies[t].pins;
-    refuse("unpin", id_of(find("unpin", ids[i])), t, "must be pinned as often as it is given");
-  }
+  require_countdown(kUnpinNames[t], ids, "must be pinned there as often as it is given",
+                    [t](Page& page) -> std::int32_t& { return page.copies[t].pins; });
   std::vector<PageId> dead;
-  for (const PageId id : ids) {
-    const std::int32_t index = index_of(id);  // kNone: given twice, and dead since
-    if (index == kNone || page_at(index).copies[t].pins > 0) continue;
+  each("unpin", ids, [&](std::int32_t index) {
+    --page_at(index).copies[t].pins;
     settle(index, dead);
-    if (index_of(id) != kNone) to_hot_end(index, t);
-  }
+  });
   return dead;
 }
 

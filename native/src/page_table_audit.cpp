@@ -80,7 +80,8 @@ class PageTableAudit {
     const bool is_sealed = page.has(PageTable::kSealed);
     if (!is_sealed) {
       require(page.num_copies() <= 1, where, "I4: open with more than one copy");
-      require(page.num_valid() == 0 || page.is_valid(0), where, "I4: open and VALID outside the GPU");
+      require(page.num_valid() == 0 || page.is_valid(0), where,
+              "I4: open and VALID outside the GPU");
       require(!page.has(PageTable::kPublished), where, "I7: published, but open");
     }
     if (page.refs == 0) require(page.num_copies() > 0, where, "unreferenced without a copy");
@@ -98,7 +99,8 @@ class PageTableAudit {
     require(bitmap.is_consistent(), in_tier(tier), "the levels of the slot bitmap disagree");
     std::vector<int> num_owners(static_cast<std::size_t>(bitmap.num_slots()), 0);
     for (const Page& page : table_.pages_) {
-      if (page.copies[tier].slot != kNone) ++num_owners[static_cast<std::size_t>(page.copies[tier].slot)];
+      if (page.copies[tier].slot != kNone)
+        ++num_owners[static_cast<std::size_t>(page.copies[tier].slot)];
     }
     for (std::int32_t slot = 0; slot < bitmap.num_slots(); ++slot) {
       const int num_wanted = bitmap.is_free(slot) ? 0 : 1;
@@ -112,16 +114,19 @@ class PageTableAudit {
     std::array<std::int64_t, PageTable::kNumPlaces> counted{};
     for (const Page& page : table_.pages_) ++counted[static_cast<std::size_t>(page.places[tier])];
     counted[0] = table_.free_slots_[tier].num_free();
-    require(counted == table_.num_in_place_[tier], in_tier(tier), "the counts of the places are wrong");
+    require(counted == table_.num_in_place_[tier], in_tier(tier),
+            "the counts of the places are wrong");
   }
 
   void check_list(std::size_t tier, Place place) const {
     const PageTable::List& list = table_.list_of(tier, place);
-    const std::string where = "list " + std::to_string(static_cast<int>(place)) + " of " + in_tier(tier);
+    const std::string where =
+        "list " + std::to_string(static_cast<int>(place)) + " of " + in_tier(tier);
     const std::int64_t num_wanted = table_.num_in_place_[tier][static_cast<std::size_t>(place)];
     std::int64_t num_seen = 0;
     std::int32_t before = kNone;
-    for (std::int32_t index = list.cold; index != kNone; index = table_.page_at(index).copies[tier].next) {
+    for (std::int32_t index = list.cold; index != kNone;
+         index = table_.page_at(index).copies[tier].next) {
       const Page& page = table_.page_at(index);
       require(page.places[tier] == place, where, "I5: holds a copy of another place");
       require(page.copies[tier].prev == before, where, "I5: a back link is wrong");

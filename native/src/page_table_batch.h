@@ -40,8 +40,8 @@ inline std::int32_t PageTable::index_of(PageId id) const {
 template <class Use>
 void PageTable::each(const char* verb, PageIds ids, Use use) const {
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    const std::size_t ahead = static_cast<std::size_t>(
-        ids[std::min(i + kPrefetchDistance, ids.size() - 1)] & 0xffffffff);
+    const std::size_t ahead =
+        static_cast<std::size_t>(ids[std::min(i + kPrefetchDistance, ids.size() - 1)] & 0xffffffff);
     if (ahead < pages_.size()) __builtin_prefetch(&pages_[ahead]);
     use(find(verb, ids[i]));
   }
@@ -53,6 +53,20 @@ std::vector<Value> PageTable::read(const char* verb, PageIds ids, Read read_page
   values.reserve(ids.size());
   each(verb, ids, [&](std::int32_t index) { values.push_back(read_page(page_at(index))); });
   return values;
+}
+
+template <class Counter>
+void PageTable::require_countdown(const char* verb, PageIds ids, const char* want,
+                                  Counter counter) {
+  std::size_t num_done = 0;
+  while (num_done < ids.size()) {
+    const std::int32_t index = index_of(ids[num_done]);
+    if (index == kNone || counter(page_at(index)) == 0) break;
+    --counter(page_at(index));
+    ++num_done;
+  }
+  for (const PageId id : ids.first(num_done)) ++counter(page_at(index_of(id)));
+  if (num_done < ids.size()) refuse(verb, id_of(find(verb, ids[num_done])), want);
 }
 
 }  // namespace tiermem

@@ -18,7 +18,8 @@ std::size_t PageTable::Page::num_copies() const {
   return count;
 }
 
-// The place of a VALID copy, from the state of its page. This is the definition; `settle` applies it.
+// The place of a VALID copy, from the state of its page. This is the definition; `settle` applies
+// it.
 PageTable::Place PageTable::place_for(const Page& page, std::size_t tier) const {
   if (page.copies[tier].pins > 0) return Place::Pinned;
   if (!page.has(kSealed)) return Place::Open;

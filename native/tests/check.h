@@ -34,13 +34,13 @@ inline int report(const char* name) {
 #define CHECK(...) \
   ::tiermem_test::check(static_cast<bool>(__VA_ARGS__), #__VA_ARGS__, __FILE__, __LINE__)
 
-#define CHECK_THROWS(exception, ...)                                                        \
-  do {                                                                                      \
-    bool threw = false;                                                                     \
-    try {                                                                                   \
-      __VA_ARGS__;                                                                          \
-    } catch (const exception&) {                                                            \
-      threw = true;                                                                         \
-    }                                                                                       \
+#define CHECK_THROWS(exception, ...)                                                      \
+  do {                                                                                    \
+    bool threw = false;                                                                   \
+    try {                                                                                 \
+      __VA_ARGS__;                                                                        \
+    } catch (const exception&) {                                                          \
+      threw = true;                                                                       \
+    }                                                                                     \
     ::tiermem_test::check(threw, #__VA_ARGS__ " throws " #exception, __FILE__, __LINE__); \
   } while (false)

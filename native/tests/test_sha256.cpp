@@ -1,9 +1,8 @@
-#include "tiermem/sha256.h"
-
 #include <string>
 #include <string_view>
 
 #include "check.h"
+#include "tiermem/sha256.h"
 
 namespace {
 

@@ -15,15 +15,15 @@
 //   redundant   not droppable, but a VALID copy in a higher tier exists: dropping it loses nothing,
 //               and makes that one dirty; a last resort
 //   dirty       the only place that has the bytes, or the lowest of them
-// The last three are LRU lists, least recently used first, so that a victim needs no test. A copy is
-// appended at the MRU end when it is unpinned, touched, or when an event changes its list.
+// The last three are LRU lists, least recently used first, so that a victim needs no test. A copy
+// is appended at the MRU end when it is unpinned, touched, or when an event changes its list.
 //
 // Calls take batches; each is O(1) a page, without hashing. A call either does all of what it is
 // asked or throws and has changed nothing: InvariantError for an id that is stale and for a state
-// that does not allow the transition, std::invalid_argument for a value out of range. Where the same
-// id twice in one batch would mean two transitions of one copy, that is refused too.
-// Calls that may end a page's life return the ids of the pages that died, in order of death.
-// Not thread-safe: one thread owns a table.
+// that does not allow the transition, std::invalid_argument for a value out of range. Where the
+// same id twice in one batch would mean two transitions of one copy, that is refused too. Calls
+// that may end a page's life return the ids of the pages that died, in order of death. Not
+// thread-safe: one thread owns a table.
 #pragma once
 
 #include <array>
@@ -130,8 +130,8 @@ class PageTable {
   // Holds copies in place; pins count. REQUIRES: VALID or FILLING, page not dying.
   void pin(PageIds ids, Tier tier);
 
-  // Ends one pin (I6: never below zero). A copy whose last pin ends goes to the MRU end of its list.
-  // REQUIRES: pinned, as often as an id is given.
+  // Ends one pin (I6: never below zero). A copy whose last pin ends goes to the MRU end of its
+  // list. REQUIRES: pinned, as often as an id is given.
   std::vector<PageId> unpin(PageIds ids, Tier tier);
 
   // -- Choice of victims -------------------------------------------------------------------------
@@ -166,7 +166,8 @@ class PageTable {
   Tier lowest_tier() const { return lowest_; }
 
   // Verifies every invariant that one table can see (I1, I2, I4 to I6, and that the lists, counts
-  // and classes agree) by brute force, O(pages + slots). Throws InvariantError saying what is wrong.
+  // and classes agree) by brute force, O(pages + slots). Throws InvariantError saying what is
+  // wrong.
   void check() const;
 
  private:
@@ -227,6 +228,10 @@ class PageTable {
   void each(const char* verb, PageIds ids, Use use) const;
   template <class Value, class Read>
   std::vector<Value> read(const char* verb, PageIds ids, Read read_page) const;
+
+  // Refuses unless counter(page) can be counted down once for every mention. Changes nothing.
+  template <class Counter>
+  void require_countdown(const char* verb, PageIds ids, const char* want, Counter counter);
 
   void grow(std::size_t num_new);
   std::int32_t new_page(std::uint8_t flags, std::int32_t refs);
