@@ -1,0 +1,80 @@
+# tiermem: every target sets up what it needs, from a bare clone on. `make help` lists them.
+#   VENV=DIR      where the virtual environment is (.venv)
+#   PYTHON=PROG   the interpreter to make it with (the first of python3 with torch, python3.11, python3, ...)
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
+CPP := CMakeLists.txt $(shell find native bindings -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
+JOBS ?= $(shell nproc)
+
+# The environment's programs first: cmake and ninja are there when the system has none.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup build demo test test-native test-gpu check format sanitize clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(READY) ## make .venv with everything for development, and build the extension
+
+$(READY): pyproject.toml constraints.txt scripts/make_venv.sh
+	sh scripts/make_venv.sh $(VENV)
+	@touch $@ $(BUILT)
+
+build: $(BUILT) ## rebuild the extension if C++ changed
+
+$(BUILT): $(READY) $(CPP)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Stop with a clear message when the packages $(1) that a target needs could not be installed.
+need = @for module in $(1); do $(BIN)/python -c "import $$module" 2>/dev/null || { \
+  echo "make $@: needs the Python package $$module, which $(VENV) lacks and no package index had" >&2; exit 2; }; done
+
+demo: $(BUILT) ## generate text with a hot tier several times too small; compare with the untiered run
+	$(call need,transformers safetensors lmdb)
+	$(BIN)/tiermem generate --model models/reference --prompt-file examples/long_prompt.txt \
+	  --gpu 2MiB --ram 8MiB --ssd 1GiB --verify
+
+test: test-native $(BUILT) ## all tests that need no GPU
+	$(call need,pytest pytest_timeout hypothesis lmdb)
+	$(BIN)/python -m pytest
+
+test-native: build/native/ready ## the C++ tests of the native core
+	ctest --test-dir build/native --output-on-failure
+
+build/native/ready: $(READY) $(CPP)
+	cmake -S native -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/native --parallel $(JOBS)
+	@touch $@
+
+test-gpu: $(BUILT) ## the tests that need an NVIDIA GPU
+	$(call need,pytest pytest_timeout)
+	$(BIN)/python -m pytest -m gpu
+
+check: $(BUILT) ## format, lint, strict types, import layers
+	$(call need,ruff mypy pytest)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layers.py
+
+format: $(READY) ## bring the Python files into form
+	$(call need,ruff)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sanitize: $(READY) ## the C++ tests under the address, undefined-behaviour and thread sanitizers
+	@for kind in address thread; do \
+	  cmake -S native -B build/$$kind -DTIERMEM_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+	  cmake --build build/$$kind --parallel $(JOBS) && \
+	  ctest --test-dir build/$$kind --output-on-failure || exit 1; \
+	done
+
+clean: ## remove what was built, but not .venv
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
