@@ -13,6 +13,7 @@
 
 #include "bindings.h"
 #include "tiermem/block_file.h"
+#include "tiermem/fault_ops.h"
 #include "tiermem/io_engine.h"
 
 namespace nb = nanobind;
@@ -24,6 +25,8 @@ using tiermem::BlockFile;
 using tiermem::IoEngine;
 using tiermem::IoResult;
 using Numbers = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+using Faults = std::optional<std::shared_ptr<tiermem::FaultOps>>;
 
 // How often a waiting thread looks for signals such as an interrupt from the keyboard.
 constexpr double kSignalCheckS = 0.1;
@@ -45,6 +48,12 @@ std::uint64_t size_of(std::int64_t size_bytes) {
   throw std::invalid_argument("size_bytes=" + std::to_string(size_bytes) + ": must not be negative");
 }
 
+// The system calls themselves where no faults are planned.
+std::shared_ptr<tiermem::FileOps> ops_with(const Faults& faults) {
+  if (faults) return *faults;
+  return std::make_shared<tiermem::FileOps>();
+}
+
 double seconds_of(std::optional<double> timeout_s) {
   return timeout_s.value_or(std::numeric_limits<double>::infinity());
 }
@@ -61,11 +70,11 @@ void raise_os_errors(const std::exception_ptr& error, void*) {
 }
 
 std::shared_ptr<BlockFile> open_file(const nb::object& path, std::int64_t size_bytes,
-                                     tiermem::OpenMode mode) {
+                                     tiermem::OpenMode mode, const Faults& faults) {
   const std::string name = path_of(path);
   const std::uint64_t size = size_of(size_bytes);
   const nb::gil_scoped_release release;
-  return BlockFile::open(name, size, mode);
+  return BlockFile::open(name, size, mode, ops_with(faults));
 }
 
 void bind_block_file(nb::module_& module) {
@@ -75,7 +84,8 @@ void bind_block_file(nb::module_& module) {
       .value("CREATE", tiermem::OpenMode::create);
 
   nb::class_<BlockFile>(module, "BlockFile")
-      .def(nb::new_(&open_file), "path"_a, "size_bytes"_a, "mode"_a)
+      .def(nb::new_(&open_file), "path"_a, "size_bytes"_a, "mode"_a, nb::kw_only(),
+           "faults"_a = nb::none())
       .def_prop_ro("path", [](const BlockFile& file) { return text_of(file.path()); })
       .def_prop_ro("size_bytes", &BlockFile::size_bytes)
       .def_prop_ro("is_direct", &BlockFile::is_direct)
@@ -137,11 +147,12 @@ IoResult wait(IoEngine& engine, tiermem::Ticket ticket, std::optional<double> ti
 }
 
 std::unique_ptr<IoEngine> make_engine(tiermem::EngineKind kind, std::int64_t queue_depth,
-                                      std::int64_t num_threads) {
+                                      std::int64_t num_threads, const Faults& faults) {
   tiermem::IoEngineOptions options;
   options.kind = kind;
   options.queue_depth = queue_depth;
   options.num_threads = num_threads;
+  if (faults) options.file_ops = *faults;
   return tiermem::make_io_engine(options);
 }
 
@@ -185,7 +196,7 @@ void bind_io_engine(nb::module_& module) {
   using tiermem::IoDirection;
   nb::class_<IoEngine>(module, "IoEngine")
       .def(nb::new_(&make_engine), "kind"_a = tiermem::EngineKind::automatic, "queue_depth"_a = 64,
-           "num_threads"_a = 4)
+           "num_threads"_a = 4, nb::kw_only(), "faults"_a = nb::none())
       .def_prop_ro("kind", &IoEngine::kind)
       .def("submit_read", &submit_as<IoDirection::read>, "file"_a, "offsets"_a.noconvert(),
            "addresses"_a.noconvert(), "lengths"_a.noconvert(),
@@ -211,6 +222,7 @@ void bind_io_engine(nb::module_& module) {
 
 void bind_io(nb::module_& module) {
   nb::register_exception_translator(&raise_os_errors);
+  bind_fault_ops(module);
   bind_block_file(module);
   bind_io_values(module);
   bind_io_engine(module);

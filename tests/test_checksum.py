@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,7 @@ def distinct_sums(variants: npt.NDArray[np.uint8]) -> int:
 @pytest.fixture
 def rng() -> np.random.Generator:
     seed = np.random.SeedSequence().entropy
-    print(f"seed {seed}")
+    sys.stdout.write(f"seed {seed}\n")  # shown when the test fails
     return np.random.default_rng(seed)
 
 

@@ -185,6 +185,41 @@ class PageTable:
 
 # -- Files and I/O --------------------------------------------------------------------------------
 
+class FileCall(enum.Enum):
+    """System calls that `FaultOps` can disturb."""
+
+    READ = 0
+    WRITE = 1
+    ALLOCATE = 2
+    SYNC = 3
+
+@final
+class FaultOps:
+    """Plans which system calls fail, are short or hang: for tests of what is above the engine.
+
+    Calls are counted per kind from 1; `first` and `count` say which. Where several faults name one
+    call, the one planned last counts. Reads and writes are seen with `EngineKind.THREADS` only. May be
+    used from any thread, also while calls are under way.
+    """
+
+    def __init__(self) -> None: ...
+    def fail(self, call: FileCall, first: int, error: int, count: int = 1) -> None:
+        """They fail with the errno `error`, moving nothing."""
+
+    def shorten(self, call: FileCall, first: int, num_bytes: int, count: int = 1) -> None:
+        """They move at most `num_bytes`; 0 is the end of the file. Reads and writes only."""
+
+    def hold(self, call: FileCall, first: int, count: int = 1) -> None:
+        """They hang until `release`, then go on."""
+
+    def release(self) -> None:
+        """Let every held call go on and forget every `hold`."""
+
+    def wait_held(self, count: int, timeout_s: float) -> bool:
+        """Wait until `count` calls are held at once; False when `timeout_s` is over first."""
+
+    def num_calls(self, call: FileCall) -> int: ...
+
 class OpenMode(enum.Enum):
     """What opening a file may change."""
 
@@ -213,7 +248,7 @@ class BlockFile:
 
     def __init__(
         self, path: str | bytes | os.PathLike[str] | os.PathLike[bytes], size_bytes: int,
-        mode: OpenMode,
+        mode: OpenMode, *, faults: FaultOps | None = None,
     ) -> None: ...
     @property
     def path(self) -> str: ...
@@ -304,8 +339,8 @@ class IoEngine:
     """Asynchronous reads and writes between files and memory.
 
     Parameters: `queue_depth`, operations in the kernel at once with io_uring, 1 to 4,096;
-    `num_threads`, operations under way at once with threads, 1 to 256. Raises ValueError for other
-    numbers and OSError if `kind` cannot be had.
+    `num_threads`, operations under way at once with threads, 1 to 256; `faults`, for tests, only with
+    THREADS. Raises ValueError for other values and OSError if `kind` cannot be had.
 
     Ordering: operations start in the order of their submission and end in any order. Nothing orders
     two operations on the same bytes. An operation takes direct I/O if the file has it and its
@@ -320,7 +355,8 @@ class IoEngine:
     """
 
     def __init__(
-        self, kind: EngineKind = ..., queue_depth: int = 64, num_threads: int = 4
+        self, kind: EngineKind = ..., queue_depth: int = 64, num_threads: int = 4, *,
+        faults: FaultOps | None = None,
     ) -> None: ...
     @property
     def kind(self) -> EngineKind:

@@ -193,7 +193,7 @@ void BlockFile::sync() const {
   const auto files = descriptors();
   int result = 0;
   do {
-    result = ::fdatasync(files->buffered.get());
+    result = ops_->fdatasync(files->buffered.get());
   } while (result != 0 && errno == EINTR);
   if (result != 0) throw FileError(errno, "cannot sync", path_);
 }

@@ -1,6 +1,7 @@
 #include "tiermem/file_ops.h"
 
 #include <fcntl.h>
+#include <unistd.h>
 
 namespace tiermem {
 
@@ -15,5 +16,7 @@ ssize_t FileOps::pwritev(int fd, const iovec* segments, int num_segments, off_t 
 int FileOps::fallocate(int fd, off_t offset, off_t bytes) {
   return ::fallocate(fd, 0, offset, bytes);
 }
+
+int FileOps::fdatasync(int fd) { return ::fdatasync(fd); }
 
 }  // namespace tiermem

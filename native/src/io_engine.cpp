@@ -22,6 +22,9 @@ void require_range(const char* name, std::int64_t value, std::int64_t most) {
 std::unique_ptr<IoEngine> make_io_engine(const IoEngineOptions& options) {
   require_range("queue_depth", options.queue_depth, kMostQueueDepth);
   require_range("num_threads", options.num_threads, kMostThreads);
+  if (options.file_ops != nullptr && options.kind != EngineKind::threads) {
+    throw std::invalid_argument("planned faults need an engine of kind threads");
+  }
   if (options.kind != EngineKind::threads) {
     try {
       return std::make_unique<UringEngine>(static_cast<std::size_t>(options.queue_depth));
@@ -29,8 +32,9 @@ std::unique_ptr<IoEngine> make_io_engine(const IoEngineOptions& options) {
       if (options.kind == EngineKind::io_uring) throw;
     }
   }
+  auto ops = options.file_ops != nullptr ? options.file_ops : std::make_shared<FileOps>();
   return std::make_unique<ThreadEngine>(static_cast<std::size_t>(options.num_threads),
-                                        options.file_ops);
+                                        std::move(ops));
 }
 
 }  // namespace tiermem

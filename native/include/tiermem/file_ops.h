@@ -18,6 +18,7 @@ class FileOps {
   virtual ssize_t preadv(int fd, const iovec* segments, int num_segments, off_t offset);
   virtual ssize_t pwritev(int fd, const iovec* segments, int num_segments, off_t offset);
   virtual int fallocate(int fd, off_t offset, off_t bytes);
+  virtual int fdatasync(int fd);
 };
 
 }  // namespace tiermem

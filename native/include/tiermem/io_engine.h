@@ -67,7 +67,7 @@ struct IoEngineOptions {
   EngineKind kind = EngineKind::automatic;
   std::int64_t queue_depth = 64;  // io_uring: operations in the kernel at once, 1 to 4,096
   std::int64_t num_threads = 4;   // threads: operations under way at once, 1 to 256
-  std::shared_ptr<FileOps> file_ops = std::make_shared<FileOps>();  // threads only; for tests
+  std::shared_ptr<FileOps> file_ops = {};  // for tests: what threads call in place of the system
 };
 
 // Ordering. Operations start in the order of their submission and end in any order. Nothing orders
@@ -125,6 +125,7 @@ class IoEngine {
   virtual IoCounters counters() const noexcept = 0;
 };
 
+// REQUIRES: file_ops only with EngineKind::threads; io_uring has no such seam.
 // Throws std::invalid_argument for options out of range, std::system_error if `kind` cannot be had
 // (io_uring: ENOSYS, EPERM where the kernel or a container refuses it).
 std::unique_ptr<IoEngine> make_io_engine(const IoEngineOptions& options = {});
