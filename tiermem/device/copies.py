@@ -6,20 +6,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiermem.device.protocol import Addresses
+from tiermem.device.protocol import Addresses, Direction
 
 
 @dataclass(frozen=True, slots=True)
 class CopyBatch:
     """Contiguous int64 arrays of one length: dst[i] receives num_bytes[i] bytes of src[i]."""
 
+    direction: Direction
     dst: Addresses
     src: Addresses
     num_bytes: Addresses
 
     @classmethod
-    def checked(cls, dst: Addresses, src: Addresses, num_bytes: Addresses | int) -> CopyBatch:
+    def checked(
+        cls, direction: Direction, dst: Addresses, src: Addresses, num_bytes: Addresses | int
+    ) -> CopyBatch:
         """The batch, or TypeError / ValueError as `Device.copy` promises."""
+        if not isinstance(direction, Direction):
+            raise TypeError(f"direction={direction!r}: must be a Direction")
         dst, src = _addresses("dst", dst), _addresses("src", src)
         if isinstance(num_bytes, (int, np.integer)):
             num_bytes = np.full(len(dst), num_bytes, dtype=np.int64)
@@ -31,7 +36,7 @@ class CopyBatch:
             )
         if len(sizes) and int(sizes.min()) < 1:
             raise ValueError(f"num_bytes={int(sizes.min())}: a piece must be at least 1 byte")
-        return cls(dst, src, sizes)
+        return cls(direction, dst, src, sizes)
 
     def __len__(self) -> int:
         return len(self.dst)

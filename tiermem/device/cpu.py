@@ -109,7 +109,7 @@ class CpuDevice:
         self.check_open()
         if not isinstance(stream, CpuStream):
             raise TypeError(f"stream={stream!r}: must be a stream of the same device")
-        move_now(CopyBatch.checked(dst, src, num_bytes))
+        move_now(CopyBatch.checked(direction, dst, src, num_bytes))
 
     def memory_info(self) -> MemoryInfo:
         self.check_open()

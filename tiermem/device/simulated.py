@@ -127,8 +127,8 @@ class SimulatedDevice:
         self.check_open()
         if not isinstance(stream, SimulatedStream) or stream.device is not self:
             raise TypeError(f"stream={stream!r}: must be a stream of the same device")
-        batch = CopyBatch.checked(dst, src, num_bytes)
-        self._check_inside(direction, batch)
+        batch = CopyBatch.checked(direction, dst, src, num_bytes)
+        self._check_inside(batch)
         pieces = self._numbered(batch)
         self._random.shuffle(pieces)
         if stream.is_compute:
@@ -246,16 +246,16 @@ class SimulatedDevice:
         pieces = zip(batch.dst.tolist(), batch.src.tolist(), batch.num_bytes.tolist(), strict=True)
         return [Piece(first + i, *piece) for i, piece in enumerate(pieces)]
 
-    def _check_inside(self, direction: Direction, batch: CopyBatch) -> None:
-        src_hot = direction is not Direction.HOST_TO_DEVICE
-        dst_hot = direction is not Direction.DEVICE_TO_HOST
+    def _check_inside(self, batch: CopyBatch) -> None:
+        src_hot = batch.direction is not Direction.HOST_TO_DEVICE
+        dst_hot = batch.direction is not Direction.DEVICE_TO_HOST
         for name, addresses, hot in (("dst", batch.dst, dst_hot), ("src", batch.src, src_hot)):
             outside = _first_outside(addresses, batch.num_bytes, self._hot if hot else self._host)
             if outside is not None:
                 place = "hot" if hot else "host"
                 raise ValueError(
                     f"{name}={int(addresses[outside]):#x} of {int(batch.num_bytes[outside])} bytes"
-                    f" ({direction.value}): not inside one live allocation of {place} memory"
+                    f" ({batch.direction.value}): not inside one live allocation of {place} memory"
                 )
 
     def _check_unused(self, memory: HostMemory) -> None:

@@ -1,0 +1,28 @@
+"""Marks and fixtures that every test may use."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "gpu: needs a GPU; skipped, with the reason, where none is usable"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        problem = _gpu_problem()
+        if problem is not None:
+            pytest.skip(problem)
+
+
+@cache
+def _gpu_problem() -> str | None:
+    """Why tiermem would use no GPU here, None if it would."""
+    from tiermem.device.discovery import survey
+
+    return survey().problem

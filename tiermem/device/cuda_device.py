@@ -1,0 +1,279 @@
+"""CudaDevice: the device protocol on one NVIDIA GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+
+import torch
+
+from tiermem.device import cuda
+from tiermem.device.copies import CopyBatch, check_num_bytes
+from tiermem.device.cuda_events import CudaStream, EventPool
+from tiermem.device.host import HostMemory
+from tiermem.device.protocol import (
+    MEMORY_ALIGN_BYTES,
+    Addresses,
+    DeviceKind,
+    Direction,
+    Memory,
+    MemoryInfo,
+    Stream,
+)
+from tiermem.errors import ClosedError, ConfigError, InvariantError, TransferError
+
+
+class CudaMemory:
+    """Device memory from cudaMalloc, which torch sees without a copy."""
+
+    __slots__ = ("_address", "_num_bytes", "_on_free", "_tensor")
+
+    def __init__(
+        self,
+        address: int,
+        num_bytes: int,
+        device: torch.device,
+        on_free: Callable[[CudaMemory], None],
+    ) -> None:
+        self._address = address
+        self._num_bytes = num_bytes
+        self._on_free = on_free
+        self._tensor: torch.Tensor | None = as_tensor(address, num_bytes, device)
+
+    @property
+    def address(self) -> int:
+        return self._address
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        if self._tensor is None:
+            raise ClosedError(f"hot memory of {self._num_bytes} bytes was freed")
+        return self._tensor
+
+    def free(self) -> None:
+        if self._tensor is None:
+            return
+        self._tensor = None
+        self._on_free(self)
+
+
+class CudaDevice:
+    """One GPU, in the context that torch uses; the thread's current GPU stays as it is.
+
+    Parameters
+    ----------
+    index: of the GPU as CUDA counts the visible ones, from 0.
+
+    Raises
+    ------
+    ConfigError: the GPU cannot be opened; gives CUDA's reason.
+    """
+
+    def __init__(self, index: int) -> None:
+        try:
+            self._context = cuda.open_context(index)
+            self._info = cuda.describe_gpu(index)
+        except TransferError as error:
+            raise ConfigError(f"device='cuda:{index}': cannot be opened: {error}") from error
+        self._batch_copy = cuda.BatchCopy.find()
+        self._base: dict[CudaMemory, int] = {}  # what cudaMalloc returned
+        self._pinned: set[HostMemory] = set()
+        self._streams: list[int] = []
+        self.events = EventPool()
+        self.closed = False
+
+    @property
+    def kind(self) -> DeviceKind:
+        return DeviceKind.CUDA
+
+    @property
+    def name(self) -> str:
+        return self._info.name
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cuda", self._info.index)
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        return self._info.compute_capability
+
+    def allocate(self, num_bytes: int) -> Memory:
+        self.check_open()
+        check_num_bytes(num_bytes)
+        with self.current(), ExitStack() as undo:
+            base, address = self._malloc_aligned(num_bytes)
+            undo.callback(cuda.free, base)
+            memory = CudaMemory(address, num_bytes, self.torch_device, self._free)
+            undo.pop_all()
+        self._base[memory] = base
+        return memory
+
+    def allocate_host(self, num_bytes: int) -> Memory:
+        self.check_open()
+        memory = HostMemory(num_bytes, on_free=self._unpin)
+        whole_pages = num_bytes + -num_bytes % MEMORY_ALIGN_BYTES
+        with self.current():
+            try:
+                cuda.pin(memory.address, whole_pages)
+            except TransferError as error:
+                memory.free()
+                raise ConfigError(
+                    f"cannot pin {num_bytes} bytes of host memory: {error}"
+                ) from error
+        self._pinned.add(memory)
+        return memory
+
+    def new_stream(self) -> Stream:
+        self.check_open()
+        with self.current():
+            handle = cuda.make_stream()
+        self._streams.append(handle)
+        return CudaStream(self, handle)
+
+    def compute_stream(self) -> Stream:
+        self.check_open()
+        handle = torch.cuda.current_stream(self.torch_device).cuda_stream
+        return CudaStream(self, handle or cuda.LEGACY_STREAM)
+
+    def copy(
+        self,
+        direction: Direction,
+        dst: Addresses,
+        src: Addresses,
+        num_bytes: Addresses | int,
+        stream: Stream,
+    ) -> None:
+        self.check_open()
+        if not isinstance(stream, CudaStream) or stream.device is not self:
+            raise TypeError(f"stream={stream!r}: must be a stream of the same device")
+        batch = CopyBatch.checked(direction, dst, src, num_bytes)
+        with self.current():
+            try:
+                self._submit(batch, stream.handle)
+            except TransferError:
+                # Pieces before the refused one may run: let them end, so that nothing reads or
+                # writes memory that the caller takes back.
+                cuda.synchronize_stream(stream.handle)
+                raise
+
+    def memory_info(self) -> MemoryInfo:
+        self.check_open()
+        with self.current():
+            return cuda.memory_info()
+
+    def close(self) -> None:
+        """As the protocol says.
+
+        Raises
+        ------
+        TransferError: CUDA reported failures; everything that could be given back was.
+        """
+        if self.closed:
+            return
+        with self.current():
+            failures = _failures(self._endings())
+        if failures:
+            raise TransferError(f"closing {self.torch_device}: {failures[0]}")
+
+    def check_open(self) -> None:
+        """Raise ClosedError once the device is closed."""
+        if self.closed:
+            raise ClosedError(f"the device {self.torch_device} is closed")
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make this GPU the thread's current one for a while."""
+        return cuda.current(self._context)
+
+    def _endings(self) -> list[Callable[[], None]]:
+        """Ends the device: the calls still to make, in this order."""
+        self.closed = True
+        streams, self._streams = self._streams, []
+        memories: list[Memory] = [*self._base, *self._pinned]
+        return [
+            cuda.synchronize,
+            *(memory.free for memory in memories),
+            *(partial(cuda.destroy_stream, stream) for stream in streams),
+            *(partial(cuda.destroy_event, event) for event in self.events.take_all()),
+        ]
+
+    def _submit(self, batch: CopyBatch, stream: int) -> None:
+        if self._batch_copy is None or stream in cuda.DEFAULT_STREAMS:
+            cuda.copy_one_by_one(batch, stream)
+        else:
+            self._batch_copy.submit(batch, stream)
+
+    def _malloc_aligned(self, num_bytes: int) -> tuple[int, int]:
+        """What cudaMalloc returned, and the first aligned address in it."""
+        base = self._malloc(num_bytes)
+        if base % MEMORY_ALIGN_BYTES == 0:
+            return base, base
+        # cudaMalloc aligns small allocations to 512 bytes only.
+        cuda.free(base)
+        base = self._malloc(num_bytes + MEMORY_ALIGN_BYTES)
+        return base, base + -base % MEMORY_ALIGN_BYTES
+
+    def _malloc(self, num_bytes: int) -> int:
+        try:
+            return cuda.malloc(num_bytes)
+        except TransferError:
+            # torch keeps what its tensors gave back; ask it to return that, and try again.
+            torch.cuda.empty_cache()
+        try:
+            return cuda.malloc(num_bytes)
+        except TransferError as error:
+            info = cuda.memory_info()
+            raise ConfigError(
+                f"cannot allocate {num_bytes} bytes of hot memory on {self.torch_device}: "
+                f"{info.free_bytes} of {info.total_bytes} bytes are free ({error})"
+            ) from error
+
+    def _free(self, memory: CudaMemory) -> None:
+        with self.current():
+            cuda.free(self._base.pop(memory))
+
+    def _unpin(self, memory: HostMemory) -> None:
+        if memory in self._pinned:
+            self._pinned.discard(memory)
+            with self.current():
+                cuda.unpin(memory.address)
+
+
+class _CudaBytes:
+    """Names device memory in the way torch reads; holds nothing."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "stream": None,
+            "version": 3,
+        }
+
+
+def as_tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Device memory as a flat uint8 tensor, without a copy and without owning it."""
+    tensor = torch.as_tensor(_CudaBytes(address, num_bytes), device=device)
+    if tensor.data_ptr() != address or tensor.device != device:
+        raise InvariantError(f"torch copied device memory at {address:#x} instead of wrapping it")
+    return tensor
+
+
+def _failures(calls: list[Callable[[], None]]) -> list[str]:
+    """Make every call; what those that failed said."""
+    return [text for call in calls if (text := _failure(call)) is not None]
+
+
+def _failure(call: Callable[[], None]) -> str | None:
+    try:
+        call()
+    except TransferError as error:
+        return str(error)
+    return None
