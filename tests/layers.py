@@ -1,0 +1,213 @@
+"""Who may import whom: the layers of tiermem, and what a module's source imports against them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import resolve_name
+from pathlib import Path
+
+import tiermem
+
+PACKAGE = Path(tiermem.__file__).parent
+
+# Layer -> its modules and packages. A module belongs to the layer with the longest name that it starts with.
+LAYERS = {
+    "native": ["tiermem._core"],
+    "errors": ["tiermem.errors"],
+    "layout": ["tiermem.layout"],
+    "config": [
+        "tiermem.config",
+        "tiermem.configfile",
+        "tiermem.data",
+        "tiermem.fields",
+        "tiermem.legacy",
+        "tiermem.model_shape",
+        "tiermem.profiles",
+        "tiermem.units",
+    ],
+    "device": ["tiermem.device"],
+    "attention": ["tiermem.attention"],
+    "pools": ["tiermem.pools"],
+    "store": ["tiermem.store", "tiermem.store_format"],
+    "prefix": ["tiermem.prefix"],
+    "transfer": ["tiermem.transfer", "tiermem.inflight", "tiermem.meter"],
+    "step": [
+        "tiermem.chunks",
+        "tiermem.core",
+        "tiermem.plan",
+        "tiermem.room",
+        "tiermem.sequence",
+        "tiermem.step",
+        "tiermem.streaming",
+    ],
+    "manager": [
+        "tiermem.build",
+        "tiermem.manager",
+        "tiermem.pressure",
+        "tiermem.snapshots",
+        "tiermem.stats",
+    ],
+    "service": ["tiermem.service"],
+    "integrations": ["tiermem.integrations"],
+    "package": ["tiermem"],
+    "cli": ["tiermem.cli", "tiermem.__main__"],
+}
+
+_STEP = {
+    "native",
+    "errors",
+    "layout",
+    "device",
+    "attention",
+    "pools",
+    "store",
+    "prefix",
+    "transfer",
+}
+_MANAGER = _STEP | {"step", "config"}
+
+# Layer -> the other layers that it may import.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "layout": set(),
+    "config": {"errors", "layout"},
+    "device": {"errors"},
+    "attention": {"layout"},
+    "pools": {"native", "errors", "layout", "device"},
+    "store": {"native", "errors", "layout"},
+    "prefix": {"native", "errors", "layout", "pools", "store"},
+    "transfer": {"native", "errors", "layout", "device", "pools", "store", "prefix"},
+    "step": _STEP,
+    "manager": _MANAGER,
+    "service": _MANAGER | {"manager", "package"},
+    "integrations": _MANAGER | {"manager", "package"},
+    "package": _MANAGER | {"manager"},
+    "cli": _MANAGER | {"manager", "package", "service", "integrations"},
+}
+
+# What comes from outside -> the modules or packages that alone may import it.
+RESERVED = {
+    "cuda": ["tiermem.device.cuda"],
+    "cupy": [],
+    "lmdb": ["tiermem.store", "tiermem.cli"],
+    "triton": ["tiermem.attention.kernels"],
+    "transformers": ["tiermem.integrations", "tiermem.cli"],
+    "threading": ["tiermem.service"],
+    "_thread": ["tiermem.service"],
+    "concurrent": ["tiermem.service"],
+    "multiprocessing": [],
+    "asyncio": ["tiermem.service"],
+    "pickle": [],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """One module that a source names. `at_run_time` is false under `if TYPE_CHECKING`."""
+
+    line: int
+    name: str
+    at_run_time: bool
+
+
+def module_names() -> dict[str, Path]:
+    """Dotted name -> file of every Python module of the package."""
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts).removesuffix(".__init__")] = path
+    return names
+
+
+def layer_of(module: str) -> str:
+    """The layer of `module`. KeyError: it has none, and must be given one in LAYERS."""
+    matches = [
+        (len(prefix), layer)
+        for layer, prefixes in LAYERS.items()
+        for prefix in prefixes
+        if _within(module, prefix) and (prefix != "tiermem" or module == "tiermem")
+    ]
+    if not matches:
+        raise KeyError(f"{module}: in no layer; name it in tests/layers.py where it belongs")
+    return max(matches)[1]
+
+
+def imports_of(module: str, source: str, is_package: bool = False) -> list[Import]:
+    """Everything that `source` imports, wherever it stands, under full names.
+
+    `from a import b` is a.b, which is a module or something in the module a. `__import__("a.b")` and
+    `importlib.import_module("a.b")` count too.
+    """
+    package = module if is_package else module.rpartition(".")[0]
+    return list(_walk(ast.parse(source), package, at_run_time=True))
+
+
+def violations(module: str, source: str, known: set[str], is_package: bool = False) -> list[str]:
+    """What `source`, as the module `module`, imports against the layers; `known` are the package's modules."""
+    layer = layer_of(module)
+    allowed = MAY_IMPORT[layer] | {layer}
+    found = []
+    for item in imports_of(module, source, is_package):
+        where = f"{module}:{item.line}: {layer} imports {item.name}"
+        top = item.name.partition(".")[0]
+        if not _may_use(module, top):
+            found.append(f"{where}, reserved for {RESERVED[top]}")
+        if top == "tiermem" and layer_of(_module_in(item.name, known)) not in allowed:
+            found.append(f"{where}; may import {', '.join(sorted(allowed))}")
+    return found
+
+
+def run_time_imports(module: str, path: Path, known: set[str]) -> set[str]:
+    """The package's modules that loading `module` loads first, apart from packages it lies in."""
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    # Imports within functions do not run when the module is loaded.
+    tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    items = [item for item in _walk(tree, package, at_run_time=True) if item.at_run_time]
+    names = {_module_in(item.name, known) for item in items if _within(item.name, "tiermem")}
+    return {name for name in names if not _within(module, name)}
+
+
+def _may_use(module: str, top: str) -> bool:
+    return top not in RESERVED or any(_within(module, prefix) for prefix in RESERVED[top])
+
+
+def _module_in(name: str, known: set[str]) -> str:
+    """The longest part of `name` that is a module."""
+    while name not in known and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _within(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def _walk(node: ast.AST, package: str, at_run_time: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            for statement in child.body:
+                yield from _walk(ast.Module([statement], []), package, at_run_time=False)
+            for statement in child.orelse:
+                yield from _walk(ast.Module([statement], []), package, at_run_time)
+            continue
+        for name in _named(child, package):
+            yield Import(getattr(child, "lineno", 0), name, at_run_time)
+        yield from _walk(child, package, at_run_time)
+
+
+def _named(node: ast.AST, package: str) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = resolve_name("." * node.level + (node.module or ""), package)
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = ast.unparse(node.func).rpartition(".")[2]
+        name = node.args[0].value
+        if called in ("__import__", "import_module") and isinstance(name, str):
+            return [name]
+    return []
