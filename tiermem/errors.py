@@ -24,7 +24,14 @@ class TransferError(TierMemError, OSError):
 
 
 class CorruptPageError(TransferError):
-    """Bytes that came back are not the bytes that were stored; they were not served."""
+    """Bytes that came back are not the bytes that were stored; they were not served.
+
+    `pages` are the ids of the pages whose copy was found damaged.
+    """
+
+    def __init__(self, message: str, pages: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.pages = pages
 
 
 class ClosedError(TierMemError, RuntimeError):

@@ -1,0 +1,175 @@
+"""Build: sizes from the configuration, memory from the device, parts put together."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tiermem import _core
+from tiermem.attention.backend import backend_for
+from tiermem.attention.pool_view import TORCH_DTYPES, PoolView
+from tiermem.config import TierConfig
+from tiermem.core import Core
+from tiermem.device.protocol import Device, Memory
+from tiermem.errors import ConfigError
+from tiermem.inflight import InFlight
+from tiermem.layout import PageLayout
+from tiermem.pools import SlotPool, Tier
+from tiermem.prefix import Prefixes
+from tiermem.room import Room, Watermarks
+from tiermem.store import ColdStore
+from tiermem.streaming import NUM_HALVES, Ring
+from tiermem.transfer import Mover
+from tiermem.units import Size, SizeKind, format_bytes
+
+log = logging.getLogger("tiermem")
+
+SHRINK = 0.9
+"""A pool whose size was not given in bytes is tried again at this share of it when memory is refused."""
+
+
+def build_core(
+    layout: PageLayout,
+    config: TierConfig,
+    model_id: str,
+    shard: tuple[int, int],
+    device: Device,
+    store: ColdStore | None,
+    seal_idle: Callable[[], bool],
+) -> Core:
+    """Allocate the pools and staging and put the parts of a manager together.
+
+    Raises
+    ------
+    ConfigError: an explicit size does not fit, or no page does; everything allocated here is given back.
+    """
+    with contextlib.ExitStack() as undo:
+        ring_pages = _ring_pages(layout, config)
+        hot_pool = _hot_pool(layout, config, device, NUM_HALVES * ring_pages * layout.layer_bytes)
+        undo.callback(hot_pool.free)
+        pools = {Tier.GPU: hot_pool}
+        warm_pool = _warm_pool(layout, config, device)
+        if warm_pool is not None:
+            undo.callback(warm_pool.free)
+            pools[Tier.RAM] = warm_pool
+        slots = {
+            Tier.GPU: hot_pool.num_slots,
+            Tier.RAM: warm_pool.num_slots if warm_pool else 0,
+            Tier.SSD: store.num_slots if store else 0,
+        }
+        table = _core.PageTable(*slots.values())
+        prefixes = Prefixes(layout, model_id, shard, table, store)
+        in_flight = InFlight()
+        mover = Mover(
+            device, layout, table, in_flight, pools, store, prefixes, config.staging_pages
+        )
+        undo.callback(mover.free)
+        ring = Ring(device, layout, table, pools, store, mover, ring_pages)
+        undo.pop_all()
+    hot = PoolView(
+        hot_pool.memory.tensor.view(TORCH_DTYPES[layout.dtype]),
+        layout,
+        layout.slot_bytes // layout.item_bytes,
+        hot_pool.num_slots,
+    )
+    marks = {tier: _watermarks(config, count) for tier, count in slots.items()}
+    room = Room(table, in_flight, mover, prefixes, marks, seal_idle)
+    backend = backend_for(device.torch_device, device.compute_capability, layout.dtype)
+    return Core(layout, device, backend, table, in_flight, pools, hot, prefixes, mover, room, ring)
+
+
+def open_store(layout: PageLayout, config: TierConfig) -> ColdStore | None:
+    """The SSD tier, or None where the configuration has none.
+
+    Raises
+    ------
+    ConfigError: the size or the path cannot be used.
+    """
+    if config.ssd_path is None or config.ssd.is_zero:
+        return None
+    free = shutil.disk_usage(_existing(config.ssd_path)).free
+    have = _bytes_in(config.ssd_path)
+    wanted = config.ssd.resolve(free + have)
+    if wanted > free + have:
+        raise ConfigError(
+            f"ssd={config.ssd}: {format_bytes(wanted)} wanted, {free + have} bytes are free for "
+            f"{str(config.ssd_path)!r}"
+        )
+    return ColdStore(config.ssd_path, layout, wanted, config.io_engine.value, config.io_timeout_s)
+
+
+def _ring_pages(layout: PageLayout, config: TierConfig) -> int:
+    """Slices in one half of the ring: both halves take as much as `staging_pages` pages."""
+    return max(1, config.staging_pages * layout.num_layers // NUM_HALVES)
+
+
+def _hot_pool(layout: PageLayout, config: TierConfig, device: Device, ring_bytes: int) -> SlotPool:
+    info = device.memory_info()
+    wanted = config.gpu.resolve(info.free_bytes)
+    if config.gpu_limit is not None:
+        limit = config.gpu_limit.num_bytes - ring_bytes
+        if wanted > limit and config.gpu.kind is SizeKind.EXPLICIT:
+            raise ConfigError(
+                f"gpu={config.gpu}: with {ring_bytes} bytes of staging it exceeds "
+                f"gpu_limit={config.gpu_limit}"
+            )
+        wanted = min(wanted, limit)
+    return _pool("gpu", config.gpu, wanted, layout, device.allocate)
+
+
+def _warm_pool(layout: PageLayout, config: TierConfig, device: Device) -> SlotPool | None:
+    if config.ram.is_zero:
+        return None
+    free = psutil.virtual_memory().available
+    wanted = config.ram.resolve(free)
+    if wanted > free:
+        raise ConfigError(
+            f"ram={config.ram}: {format_bytes(wanted)} wanted, {free} bytes of memory are free"
+        )
+    return _pool("ram", config.ram, wanted, layout, device.allocate_host)
+
+
+def _pool(
+    key: str, size: Size, wanted: int, layout: PageLayout, allocate: Callable[[int], Memory]
+) -> SlotPool:
+    """A pool of `wanted` bytes; a smaller one, with a warning, if need be and the size was not explicit."""
+    tried = wanted
+    while True:
+        num_slots = tried // layout.slot_bytes
+        if num_slots < 1:
+            raise ConfigError(
+                f"{key}={size}: {tried} bytes hold no page of {layout.slot_bytes} bytes; "
+                f"must be at least {format_bytes(layout.slot_bytes)}"
+            )
+        try:
+            memory = allocate(num_slots * layout.slot_bytes)
+        except ConfigError as error:
+            if size.kind is SizeKind.EXPLICIT:
+                raise ConfigError(f"{key}={size}: {error}") from error
+            tried = int(tried * SHRINK)
+            continue
+        if tried < wanted:
+            log.warning("%s=%s: %d bytes were refused, the pool has %d", key, size, wanted, tried)
+        return SlotPool(memory, layout.slot_bytes, num_slots)
+
+
+def _watermarks(config: TierConfig, slots: int) -> Watermarks:
+    return Watermarks(int(config.low_watermark * slots), int(config.high_watermark * slots))
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest directory above it that exists."""
+    while not path.exists():
+        path = path.absolute().parent
+    return path
+
+
+def _bytes_in(path: Path) -> int:
+    """What a store that is there already takes, and may take again."""
+    slots = path / "slots"
+    return slots.stat().st_blocks * 512 if slots.is_file() else 0

@@ -1,0 +1,149 @@
+"""Core: the parts of one manager, as its sequences and steps use them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tiermem import _core
+from tiermem.attention.backend import AttentionBackend
+from tiermem.attention.pool_view import PoolView
+from tiermem.device.protocol import Device
+from tiermem.errors import CorruptPageError
+from tiermem.inflight import InFlight
+from tiermem.layout import PageLayout
+from tiermem.pools import FILLING, NO_SLOT, VALID, Ids, SlotPool, Slots, Tier
+from tiermem.prefix import Prefixes
+from tiermem.room import Room
+from tiermem.streaming import NUM_HALVES, Ring
+from tiermem.transfer import Mover, Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """Everything below the manager. Single-threaded: the manager's thread owns it."""
+
+    layout: PageLayout
+    device: Device
+    backend: AttentionBackend
+    table: _core.PageTable
+    in_flight: InFlight
+    pools: dict[Tier, SlotPool]
+    hot: PoolView
+    prefixes: Prefixes
+    mover: Mover
+    room: Room
+    ring: Ring
+
+    def best_tiers(self, ids: Ids) -> Slots:
+        """For each page the hottest tier with a VALID copy.
+
+        Raises
+        ------
+        CorruptPageError: a page has none: its bytes were found damaged, or could not be read.
+        """
+        tiers = np.full(len(ids), NO_SLOT, dtype=np.int64)
+        for tier in reversed(Tier):
+            tiers[self.table.states(ids, tier) == VALID] = tier
+        if (tiers == NO_SLOT).any():
+            lost = ids[tiers == NO_SLOT]
+            raise CorruptPageError(
+                f"{len(lost)} of {len(ids)} pages have no intact copy in any tier; roll the sequence "
+                f"back to before them, or open it again",
+                pages=tuple(int(page) for page in lost),
+            )
+        return tiers
+
+    def settle_filling(self, ids: Ids, tier: Tier) -> None:
+        """Wait until no copy of `ids` in `tier` is on its way."""
+        while len(ids) and (self.table.states(ids, tier) == FILLING).any():
+            self.in_flight.wait_any()
+
+    def promote(self, ids: Ids) -> list[Transfer]:
+        """Start copying pages to the GPU, which has the room; the caller waits for the transfers' events.
+
+        Pages that are on the SSD alone come first to RAM where that has room, else through staging; those
+        reads are waited for.
+
+        Raises
+        ------
+        CorruptPageError, TransferError: a read failed; no page is lost that was not lost before.
+        """
+        tiers = self.best_tiers(ids)
+        cold = ids[tiers == Tier.SSD]
+        copies = self.mover.submit(ids[tiers == Tier.RAM], Tier.RAM, Tier.GPU)
+        through_ram = cold[: self._take_spare_ram(len(cold))]
+        reads = self.mover.submit(through_ram, Tier.SSD, Tier.RAM)
+        reads += self.mover.submit(cold[len(through_ram) :], Tier.SSD, Tier.GPU)
+        self.in_flight.wait_for(reads)
+        for read in reads:
+            if read.error is not None:
+                raise read.error
+        return copies + self.mover.submit(through_ram, Tier.RAM, Tier.GPU)
+
+    def prefetch(self, ids: Ids) -> int:
+        """Start bringing pages closer into slots that are free or clean; never waits. How many were started."""
+        ids = np.array([page for page in ids if not self._is_moving(page)], dtype=np.int64)
+        if len(ids) == 0:
+            return 0
+        tiers = self.best_tiers(ids)
+        started = 0
+        for src, dst in ((Tier.RAM, Tier.GPU), (Tier.SSD, Tier.RAM)):
+            chosen = ids[tiers == src][: self.room.spare(dst)]
+            # hold the pages while older copies make way, so that none of them is the victim
+            self.table.pin(chosen, src)
+            missing = len(chosen) - self.table.counts(dst).free
+            if missing > 0:
+                self.room.evict(dst, missing)
+            ready = chosen[: self.table.counts(dst).free]
+            self.mover.submit(ready, src, dst)
+            self.table.unpin(chosen, src)
+            started += len(ready)
+        return started
+
+    def read_pages(self, ids: Ids, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one layer of whole pages, (tokens, kv_heads, head_dim) each; waits for the device."""
+        self.settle_filling(ids, Tier.GPU)
+        tiers = self.best_tiers(ids)
+        pins = [(ids[tiers == tier], tier) for tier in Tier]
+        for chosen, tier in pins:
+            self.table.pin(chosen, tier)
+        try:
+            # the last page may still be written by a step that the compute stream has not ended
+            self.mover.to_device.wait_event(self.device.compute_stream().record())
+            chunks = [self._read_chunk(ids, tiers, layer, i) for i in self._chunks(len(ids))]
+            self.device.compute_stream().record().wait()
+        finally:
+            self.mover.to_device.synchronize()
+            for chosen, tier in pins:
+                self.table.unpin(chosen, tier)
+        layout = self.layout
+        empty = self.ring.view.data.new_empty(
+            (0, 2, layout.num_kv_heads, layout.page_tokens, layout.head_dim)
+        )
+        pages = torch.cat([empty, *chunks]).permute(1, 0, 3, 2, 4)
+        kv = pages.reshape(2, -1, layout.num_kv_heads, layout.head_dim)
+        return kv[0], kv[1]
+
+    def _chunks(self, num_pages: int) -> range:
+        return range(0, num_pages, self.ring.chunk_pages)
+
+    def _read_chunk(self, ids: Ids, tiers: Slots, layer: int, start: int) -> torch.Tensor:
+        end = start + self.ring.chunk_pages
+        half = start // self.ring.chunk_pages % NUM_HALVES
+        self.ring.load(half, layer, ids[start:end], tiers[start:end])
+        chunk = self.ring.read_tensor(half, len(ids[start:end])).clone()
+        self.ring.end_use(half)
+        return chunk
+
+    def _take_spare_ram(self, count: int) -> int:
+        missing = min(count, self.room.spare(Tier.RAM)) - self.table.counts(Tier.RAM).free
+        if missing > 0:
+            self.room.evict(Tier.RAM, missing)
+        return min(count, int(self.table.counts(Tier.RAM).free))
+
+    def _is_moving(self, page: np.int64) -> bool:
+        one = np.array([page], dtype=np.int64)
+        return any(self.table.states(one, tier)[0] == FILLING for tier in Tier)

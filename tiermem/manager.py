@@ -1,0 +1,389 @@
+"""TierManager: a KV cache over GPU memory, pinned RAM and SSD for one model in one process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+from types import TracebackType
+
+import numpy as np
+import psutil
+import torch
+
+from tiermem.build import build_core, open_store
+from tiermem.config import TierConfig
+from tiermem.device.discovery import open_device
+from tiermem.device.protocol import Device
+from tiermem.errors import ClosedError, ConfigError, TierMemError
+from tiermem.layout import PageLayout
+from tiermem.pools import VALID, Ids, Tier
+from tiermem.pressure import Pressure
+from tiermem.sequence import Sequence, check_token_ids
+from tiermem.snapshots import Publisher
+from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
+from tiermem.step import Step
+from tiermem.store import ColdStore
+
+MAX_LABEL = 200
+
+
+class TierManager:
+    """Allocates the tiers, moves pages between them and answers for every byte.
+
+    Single-threaded: one thread calls it, its sequences and its steps. A context manager that closes.
+
+    Parameters
+    ----------
+    layout: shape and dtype of the pages of this process' shard of the model.
+    config: sizes and behaviour of the tiers.
+    model_id: names the weights; pages of different ids are never mixed up.
+    shard: (index, count) of this process among those that share a model.
+    device: a device to use instead of the one that `config.device` names; closed with the manager.
+
+    Raises
+    ------
+    ConfigError: a size, the device or the store cannot be had; nothing stays allocated.
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        config: TierConfig,
+        model_id: str = "",
+        shard: tuple[int, int] = (0, 1),
+        *,
+        device: Device | None = None,
+    ) -> None:
+        _check_identity(model_id, shard)
+        self.layout = layout
+        self.config = config
+        self.model_id = model_id
+        self.shard = shard
+        self._sequences: dict[Sequence, None] = {}
+        self._step: Step | None = None
+        self._closed = False
+        self._counts = {"steps": 0, "prompt_tokens": 0, "attached_tokens": 0}
+        self._reads = dict.fromkeys(Tier, 0)
+        self._started_s = time.time()
+        self._device = device if device is not None else open_device(config.device)[0]
+        self._store: ColdStore | None = None
+        try:
+            self._store = open_store(layout, config)
+            self._core = build_core(
+                layout, config, model_id, shard, self._device, self._store, self._seal_idle
+            )
+        except BaseException:
+            if self._store is not None:
+                self._store.close()
+            self._device.close()
+            raise
+        self._pressure = Pressure(self._device, config.pressure_warning, config.pressure_critical)
+        self._publisher = Publisher()
+        self._publisher.publish(self.stats)
+
+    def __enter__(self) -> TierManager:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where K, V and q must lie."""
+        return self._device.torch_device
+
+    # ---- sequences and steps -----------------------------------------------------------------------
+
+    def open_sequence(
+        self,
+        tokens: Iterable[int] | torch.Tensor | np.ndarray = (),
+        salt: bytes = b"",
+        label: str = "",
+        at_most: int | None = None,
+    ) -> Sequence:
+        """A new sequence, with the longest stored prefix of `tokens` attached; `num_tokens` says how long.
+
+        Whole pages are attached, possibly all tokens; the ids are looked up only, never stored.
+
+        Parameters
+        ----------
+        tokens: ids of the prompt, 0 to 2^32 - 1; none opens an empty sequence.
+        salt: pages of different salts never match (tenants).
+        label: for stats, up to 200 characters.
+        at_most: attach no more than this many tokens.
+
+        Raises
+        ------
+        TypeError, ValueError: ids, salt, label or at_most that cannot be. ClosedError.
+        """
+        self._check_open()
+        ids = check_token_ids(tokens)
+        if not isinstance(salt, bytes):
+            raise TypeError(f"salt={salt!r}: must be bytes")
+        if not isinstance(label, str) or len(label) > MAX_LABEL:
+            raise ValueError(
+                f"label={str(label)[:40]!r}: must be text of at most {MAX_LABEL} characters"
+            )
+        if at_most is not None and at_most < 0:
+            raise ValueError(f"at_most={at_most}: must be at least 0")
+        core = self._core
+        core.in_flight.reap()
+        limit = len(ids) if at_most is None else min(len(ids), at_most)
+        root = core.prefixes.root(salt)
+        keys = core.prefixes.chain(root, np.array(ids[:limit], dtype=np.int64))
+        pages = core.prefixes.match(keys)
+        core.table.add_ref(pages)
+        core.table.touch(pages[::-1].copy())
+        attached = len(pages) * self.layout.page_tokens
+        self._counts["prompt_tokens"] += len(ids)
+        self._counts["attached_tokens"] += attached
+        return Sequence(core, self, root, pages, ids[:attached], keys[: len(pages)], label)
+
+    def step(self, sequences: SequenceOf[Sequence], new_tokens: int | SequenceOf[int] = 1) -> Step:
+        """One pass over `new_tokens` new tokens of each of `sequences`; use it as a context.
+
+        Parameters
+        ----------
+        sequences: different open sequences of this manager, 1 to `config.max_sequences`.
+        new_tokens: one number for all or one each, at least 1.
+
+        Raises
+        ------
+        TypeError, ValueError: as above. ClosedError: a closed sequence or manager.
+        TierMemError: another step is still running. Entering the context raises OutOfPagesError when all
+        tiers together have no room, and CorruptPageError or TransferError when pages cannot be brought back.
+        """
+        self._check_open()
+        if self._step is not None:
+            raise TierMemError("a step is still running: it must end before the next begins")
+        chosen = list(sequences)
+        counts = self._check_batch(chosen, new_tokens)
+        self._core.in_flight.reap()
+        return Step(self._core, self, chosen, counts)
+
+    def poll(self) -> None:
+        """Idle work: settle what has ended, demote ahead of need, refresh the stats. Never waits."""
+        self._check_open()
+        self._core.in_flight.reap()
+        self._core.room.demote_ahead()
+        self._pressure.check()
+        self._publisher.refresh(self.stats)
+
+    def flush(self) -> None:
+        """Return when every published page is durable on the SSD, within its cap (the most recent ones).
+
+        Raises
+        ------
+        ConfigError: there is no SSD tier. TransferError: a write failed.
+        """
+        self._check_open()
+        if self._store is None:
+            raise ConfigError("flush: there is no SSD tier (ssd=0); give ssd and ssd_path")
+        self._core.in_flight.drain()
+        self._write_published(self._store)
+        self._store.sync()
+
+    # ---- seeing ------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """A frozen picture of now."""
+        core, counts = self._core, self._counts
+        info = self._device.memory_info()
+        return Stats(
+            pid=os.getpid(),
+            model_id=self.model_id,
+            device=self._device.name,
+            device_kind=self._device.kind.value,
+            started_s=self._started_s,
+            updated_s=time.time(),
+            page_tokens=self.layout.page_tokens,
+            tiers=tuple(self._tier_stats(tier) for tier in Tier),
+            flows=tuple(
+                FlowStats(
+                    src.name, dst.name, flow.num_bytes, flow.num_transfers, flow.in_flight,
+                    flow.gb_per_s,
+                )
+                for (src, dst), flow in sorted(core.mover.meter.flows().items())
+            ),
+            sequences=tuple(
+                SequenceStats(s.label, s.num_tokens, len(s.pages)) for s in self._sequences
+            ),
+            steps=counts["steps"],
+            in_flight=len(core.in_flight),
+            published_pages=len(core.prefixes),
+            prompt_tokens=counts["prompt_tokens"],
+            attached_tokens=counts["attached_tokens"],
+            failed_transfers=core.in_flight.num_failed,
+            corrupt_pages=self._store.num_corrupt if self._store else 0,
+            staging_device_bytes=core.ring.device_bytes,
+            staging_host_bytes=core.ring.host_bytes + core.mover.staging_bytes,
+            device_used_bytes=info.total_bytes - info.free_bytes,
+            device_total_bytes=info.total_bytes,
+            rss_bytes=psutil.Process().memory_info().rss,
+            ssd_path=str(self._store.path) if self._store else None,
+            ssd_disk_bytes=self._store.disk_bytes if self._store else 0,
+            ssd_io=self._store.io_kind if self._store else None,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Verify the bookkeeping by brute force; raises InvariantError saying what is wrong."""
+        self._core.table.check()
+
+    # ---- end ---------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close every sequence, write published pages to the SSD, within its cap, and give everything back.
+
+        A second call does nothing. What cannot be written is logged, not raised: it is lost from the cache only.
+        """
+        if self._closed:
+            return
+        if self._step is not None:
+            raise TierMemError("a step is still running: leave it before the manager is closed")
+        core = self._core
+        core.in_flight.drain()
+        for sequence in list(self._sequences):
+            sequence.close()
+        self._closed = True
+        try:
+            if self._store is not None:
+                self._write_published(self._store)
+        finally:
+            self._free()
+
+    # ---- for sequences and steps -------------------------------------------------------------------
+
+    def sequence_opens(self, sequence: Sequence) -> None:
+        """`sequence` was made."""
+        self._sequences[sequence] = None
+
+    def sequence_closes(self, sequence: Sequence) -> None:
+        """`sequence` has let go of its pages."""
+        self._sequences.pop(sequence)
+
+    def step_begins(self, step: Step) -> None:
+        """`step` is being entered."""
+        self._check_open()
+        if self._step is not None:
+            raise TierMemError("a step is still running: it must end before the next begins")
+        self._step = step
+
+    def step_ended(self, sequences: list[Sequence], reads: dict[Tier, int]) -> None:
+        """The running step was left, or never came to run; `reads` are the old pages it found in each tier."""
+        self._step = None
+        for sequence in sequences:  # the order of last use
+            self._sequences.pop(sequence)
+            self._sequences[sequence] = None
+        for tier, count in reads.items():
+            self._reads[tier] += count
+        self._counts["steps"] += 1
+        self.poll()
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the TierManager is closed")
+
+    def _check_batch(
+        self, sequences: list[Sequence], new_tokens: int | SequenceOf[int]
+    ) -> list[int]:
+        if not 1 <= len(sequences) <= self.config.max_sequences:
+            raise ValueError(
+                f"sequences: {len(sequences)} given, must be 1 to max_sequences={self.config.max_sequences}"
+            )
+        if len(set(sequences)) != len(sequences):
+            raise ValueError("sequences: one is given twice")
+        for sequence in sequences:
+            sequence.check_usable()
+            if sequence not in self._sequences:
+                raise ValueError(f"sequence {sequence.label!r} belongs to another manager")
+        counts = [new_tokens] * len(sequences) if isinstance(new_tokens, int) else list(new_tokens)
+        if len(counts) != len(sequences):
+            raise ValueError(f"new_tokens: {len(counts)} numbers for {len(sequences)} sequences")
+        for count in counts:
+            if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+                raise TypeError(f"new_tokens={count!r}: must be an int")
+            if count < 1:
+                raise ValueError(f"new_tokens={count}: must be at least 1")
+        return [int(count) for count in counts]
+
+    def _seal_idle(self) -> bool:
+        """Seal the open page of the sequence that was used longest ago and is in no step."""
+        idle = (sequence for sequence in self._sequences if not sequence.step_running)
+        return any(sequence.seal_tail() for sequence in idle)
+
+    def _tier_stats(self, tier: Tier) -> TierStats:
+        core = self._core
+        counts = core.table.counts(tier)
+        return TierStats(
+            tier=tier.name,
+            slots=counts.slots,
+            page_bytes=self.layout.page_bytes,
+            free=counts.free,
+            filling=counts.filling,
+            clean=counts.droppable,
+            duplicate=counts.redundant,
+            dirty=counts.dirty,
+            pinned=counts.pinned,
+            open=counts.open,
+            reads=self._reads[tier],
+            evictions=core.room.evictions[tier],
+            demotions=core.room.demotions[tier],
+        )
+
+    def _write_published(self, store: ColdStore) -> None:
+        """Write every published page that is not on the SSD, parents first, as far as the cap goes."""
+        core = self._core
+        pages = core.prefixes.pages()
+        self._name_stored(store, pages[core.table.states(pages, Tier.SSD) == VALID])
+        missing = pages[core.table.states(pages, Tier.SSD) != VALID]
+        missing = missing[: core.table.counts(Tier.SSD).slots]
+        for src in (Tier.RAM, Tier.GPU):
+            core.table.pin(held := missing[core.best_tiers(missing) == src], src)
+            try:
+                room = core.room.gain(Tier.SSD, len(held))
+                transfers = core.mover.submit(held[:room], src, Tier.SSD)
+            finally:
+                core.table.unpin(held, src)
+            core.in_flight.wait_for(transfers)
+            for transfer in transfers:
+                if transfer.error is not None:
+                    raise transfer.error
+            missing = missing[core.table.alive(missing)]
+
+    def _name_stored(self, store: ColdStore, pages: Ids) -> None:
+        """Pages that were spilled before they had a name get it."""
+        slots = self._core.table.slots(pages, Tier.SSD)
+        unnamed = ~store.is_published(slots)
+        if unnamed.any():
+            names = self._core.prefixes.names_of(pages[unnamed])
+            good = store.rename(slots[unnamed], [name for name in names if name is not None])
+            self._core.mover.quarantine(pages[unnamed][~good], Tier.SSD)
+
+    def _free(self) -> None:
+        core = self._core
+        core.in_flight.drain()
+        core.mover.free()
+        core.ring.free()
+        for pool in core.pools.values():
+            pool.free()
+        if self._store is not None:
+            self._store.close()
+        self._device.close()
+        self._publisher.withdraw()
+
+
+def _check_identity(model_id: str, shard: tuple[int, int]) -> None:
+    if not isinstance(model_id, str):
+        raise TypeError(f"model_id={model_id!r}: must be text")
+    index, count = shard
+    if not (0 <= index < count < 2**31):
+        raise ValueError(f"shard={shard}: must be (index, count) with 0 <= index < count")

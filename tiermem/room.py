@@ -1,0 +1,191 @@
+"""Room: how a slot becomes free. Demote ahead of need, drop at need.
+
+`make_room` waits only while something is in flight, and work in flight never waits for the host; so it ends, and
+when nothing is in flight and nothing can be dropped the answer is OutOfPagesError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tiermem import _core
+from tiermem.errors import OutOfPagesError, TransferError
+from tiermem.inflight import InFlight
+from tiermem.pools import VALID, Ids, Tier
+from tiermem.prefix import Prefixes
+from tiermem.transfer import Mover
+
+
+@dataclass(frozen=True, slots=True)
+class Watermarks:
+    """Of one tier, in pages that are free or can be dropped at once: below `low`, demote up to `high`."""
+
+    low: int
+    high: int
+
+
+class Room:
+    """Frees slots of one manager's tiers: evicts what is clean, demotes what is dirty.
+
+    `seal_idle` seals the open page of a sequence that is in no step, so that it can be demoted, and answers
+    whether there was one.
+    """
+
+    def __init__(
+        self,
+        table: _core.PageTable,
+        in_flight: InFlight,
+        mover: Mover,
+        prefixes: Prefixes,
+        watermarks: dict[Tier, Watermarks],
+        seal_idle: Callable[[], bool],
+    ) -> None:
+        self._table = table
+        self._in_flight = in_flight
+        self._mover = mover
+        self._prefixes = prefixes
+        self._watermarks = watermarks
+        self._seal_idle = seal_idle
+        self.evictions = dict.fromkeys(Tier, 0)
+        self.demotions = dict.fromkeys(Tier, 0)
+
+    def make_room(self, tier: Tier, wanted: int) -> None:
+        """Return when `wanted` slots of `tier` are free.
+
+        Raises
+        ------
+        OutOfPagesError: they cannot be freed; with the counts of every tier.
+        """
+        got = self.gain(tier, wanted)
+        if got < wanted:
+            raise OutOfPagesError(
+                f"{tier.name}: {wanted} pages wanted, {got} can be freed; {self.describe()}"
+            )
+
+    def gain(self, tier: Tier, wanted: int) -> int:
+        """Free up to `wanted` slots of `tier`, waiting for work in flight; how many are free, at most `wanted`."""
+        failed = self._in_flight.num_failed
+        while (missing := wanted - self._table.counts(tier).free) > 0:
+            self.evict(tier, missing)
+            missing = wanted - self._table.counts(tier).free
+            if missing <= 0:
+                break
+            if self._in_flight.num_failed > failed:
+                return wanted - missing  # the way down is broken: trying again would not end
+            started = self.demote(tier, missing - self._mover.leaving[tier])
+            if len(self._in_flight):
+                self._in_flight.wait_any()
+            elif not started and not self._take_last_resort(tier, missing):
+                return wanted - missing
+        return wanted
+
+    def spare(self, tier: Tier) -> int:
+        """Slots of `tier` that can be had at once."""
+        counts = self._table.counts(tier)
+        return int(counts.free + counts.droppable)
+
+    def evict(self, tier: Tier, count: int) -> int:
+        """Drop up to `count` of the coldest copies that lose nothing; how many."""
+        return self._note_dropped(tier, *self._table.evict(tier, count))
+
+    def demote(self, tier: Tier, count: int) -> int:
+        """Start copying up to `count` of the coldest dirty pages down, making room for them; how many."""
+        started = 0
+        for lower in self._lower(tier):
+            ids = self._table.coldest_dirty(tier, count - started) if count > started else None
+            if ids is None or len(ids) == 0:
+                break
+            self._table.pin(ids, tier)  # R4: hold the source while making room for the destination
+            try:
+                room = self.gain(lower, len(ids))
+                started += self._submit_down(ids[:room], tier, lower)
+            finally:
+                self._table.unpin(ids, tier)
+        return started
+
+    def demote_all(self, ids: Ids, tier: Tier) -> None:
+        """Copy each of `ids` that has no copy further down one tier down, and wait.
+
+        Raises
+        ------
+        OutOfPagesError: the lower tiers cannot take all of them; some may have been copied.
+        TransferError: a copy or write failed.
+        """
+        while len(ids := self._without_lower_copy(ids, tier)):
+            self._table.pin(ids, tier)  # R4
+            try:
+                room, lower = 0, tier
+                for lower in self._lower(tier):
+                    if room := self.gain(lower, len(ids)):
+                        break
+                if not room:
+                    raise OutOfPagesError(
+                        f"{len(ids)} pages cannot leave {tier.name}; {self.describe()}"
+                    )
+                transfers = self._mover.submit(ids[:room], tier, lower)
+            finally:
+                self._table.unpin(ids, tier)
+            self.demotions[tier] += room
+            self._in_flight.wait_for(transfers)
+            for transfer in transfers:
+                if transfer.error is not None:
+                    raise transfer.error
+
+    def demote_ahead(self) -> None:
+        """Background work: where a tier is below its low watermark, start demoting; never waits."""
+        for tier in Tier:
+            marks = self._watermarks[tier]
+            ready = self.spare(tier) + self._mover.leaving[tier]
+            lower = next(iter(self._lower(tier)), None)
+            if ready >= marks.low or lower is None:
+                continue
+            ids = self._table.coldest_dirty(tier, marks.high - ready)
+            missing = len(ids) - self._table.counts(lower).free
+            if missing > 0:
+                self.evict(lower, missing)
+            ids = ids[: self._table.counts(lower).free]
+            self._submit_down(ids[self._table.alive(ids)], tier, lower)
+
+    def describe(self) -> str:
+        """The counts of every tier, for messages."""
+        parts = []
+        for tier in Tier:
+            c = self._table.counts(tier)
+            parts.append(
+                f"{tier.name} {c.slots} slots: {c.free} free, {c.droppable + c.redundant} clean, "
+                f"{c.dirty} dirty, {c.pinned} pinned, {c.filling} filling, {c.open} open"
+            )
+        return "; ".join(parts)
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _lower(self, tier: Tier) -> list[Tier]:
+        return [t for t in Tier if t > tier and self._table.counts(t).slots > 0]
+
+    def _without_lower_copy(self, ids: Ids, tier: Tier) -> Ids:
+        has_lower = np.zeros(len(ids), dtype=np.bool_)
+        for lower in self._lower(tier):
+            has_lower |= self._table.states(ids, lower) == VALID
+        return ids[~has_lower]
+
+    def _submit_down(self, ids: Ids, tier: Tier, lower: Tier) -> int:
+        try:
+            self._mover.submit(ids, tier, lower)
+        except TransferError:
+            return 0  # counted and logged by the store or the device; the pages stay where they are
+        self.demotions[tier] += len(ids)
+        return len(ids)
+
+    def _take_last_resort(self, tier: Tier, missing: int) -> bool:
+        """Nothing is in flight and nothing is clean or can go down: give up a duplicate, or an idle open page."""
+        if self._note_dropped(tier, *self._table.evict_redundant(tier, missing)):
+            return True
+        return tier == Tier.GPU and self._seal_idle()
+
+    def _note_dropped(self, tier: Tier, dropped: Ids, dead: Ids) -> int:
+        self.evictions[tier] += len(dropped)
+        self._prefixes.forget_copies(tier, dropped, dead)
+        return len(dropped)

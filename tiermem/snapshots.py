@@ -1,0 +1,93 @@
+"""Snapshots: each live manager's stats in a small private file, for whoever looks from outside.
+
+A manager writes its own file at most every `REFRESH_S` seconds, when it is used; readers only read, so looking
+disturbs nobody. Files of processes that are gone are removed by the next reader.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tiermem.errors import ConfigError
+from tiermem.stats import Stats
+
+REFRESH_S = 0.5
+MAX_SNAPSHOT_BYTES = 4 * 1024 * 1024
+_numbers = itertools.count()
+
+
+def snapshot_dir() -> Path:
+    """The directory of this user's snapshots, 0700; made if absent.
+
+    Raises
+    ------
+    ConfigError: it is there, but not a private directory of this user.
+    """
+    base = os.environ.get("TIERMEM_RUNTIME_DIR") or os.environ.get("XDG_RUNTIME_DIR")
+    path = (
+        Path(base) / "tiermem" if base else Path(tempfile.gettempdir()) / f"tiermem-{os.getuid()}"
+    )
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise ConfigError(f"{path}: must be a directory of this user with mode 0700")
+    return path
+
+
+class Publisher:
+    """One manager's file: <pid>-<start of the process>-<number>.json."""
+
+    def __init__(self) -> None:
+        started = int(psutil.Process().create_time() * 1000)
+        self._path = snapshot_dir() / f"{os.getpid()}-{started}-{next(_numbers)}.json"
+        self._next_s = 0.0
+
+    def refresh(self, stats: Callable[[], Stats]) -> None:
+        """Write the file anew if the last one is older than `REFRESH_S`."""
+        if time.monotonic() >= self._next_s:
+            self.publish(stats)
+
+    def publish(self, stats: Callable[[], Stats]) -> None:
+        """Write the file anew; readers see the old one or the new one, whole."""
+        self._next_s = time.monotonic() + REFRESH_S
+        new = self._path.with_suffix(".new")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(new, flags, 0o600), "w") as file:
+            json.dump(stats().to_json(), file)
+        new.replace(self._path)
+
+    def withdraw(self) -> None:
+        """The manager is closed."""
+        self._path.unlink(missing_ok=True)
+
+
+def live_snapshots() -> list[dict[str, object]]:
+    """The latest stats of every live manager of this user, oldest process first."""
+    found = []
+    for path in sorted(snapshot_dir().glob("*.json")):
+        pid, started, _ = path.stem.split("-")
+        if not _is_running(int(pid), int(started)):
+            path.unlink(missing_ok=True)
+            continue
+        try:
+            if path.stat().st_size <= MAX_SNAPSHOT_BYTES:
+                found.append(json.loads(path.read_text()))
+        except (FileNotFoundError, ValueError):
+            continue  # withdrawn meanwhile, or not a snapshot
+    return found
+
+
+def _is_running(pid: int, started_ms: int) -> bool:
+    try:
+        return abs(int(psutil.Process(pid).create_time() * 1000) - started_ms) < 1000
+    except psutil.NoSuchProcess:
+        return False

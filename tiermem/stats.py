@@ -1,0 +1,101 @@
+"""Stats: a frozen picture of one manager, and its JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """One tier, in pages of `page_bytes` bytes; everything from `free` to `open` adds up to `slots`.
+
+    `clean` copies can be dropped at once; `duplicate` ones too, but are the lowest copy of a page that is also
+    in a hotter tier. `reads` counts pages that steps found with this as their hottest copy.
+    """
+
+    tier: str
+    slots: int
+    page_bytes: int
+    free: int
+    filling: int
+    clean: int
+    duplicate: int
+    dirty: int
+    pinned: int
+    open: int
+    reads: int
+    evictions: int
+    demotions: int
+
+    @property
+    def used(self) -> int:
+        """Slots that hold a copy or are being filled."""
+        return self.slots - self.free
+
+
+@dataclass(frozen=True, slots=True)
+class FlowStats:
+    """What went from tier `src` to tier `dst`; the rate is a mean over the time with something in flight."""
+
+    src: str
+    dst: str
+    num_bytes: int
+    transfers: int
+    in_flight: int
+    gb_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStats:
+    """One open sequence."""
+
+    label: str
+    tokens: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A manager at one moment. Times are seconds since the epoch, sizes bytes."""
+
+    pid: int
+    model_id: str
+    device: str
+    device_kind: str
+    started_s: float
+    updated_s: float
+    page_tokens: int
+    tiers: tuple[TierStats, ...]
+    flows: tuple[FlowStats, ...]
+    sequences: tuple[SequenceStats, ...]
+    steps: int
+    in_flight: int
+    published_pages: int
+    prompt_tokens: int
+    attached_tokens: int
+    failed_transfers: int
+    corrupt_pages: int
+    staging_device_bytes: int
+    staging_host_bytes: int
+    device_used_bytes: int
+    device_total_bytes: int
+    rss_bytes: int
+    ssd_path: str | None
+    ssd_disk_bytes: int
+    ssd_io: str | None
+
+    @property
+    def hit_rates(self) -> dict[str, float]:
+        """Of the stored pages that steps needed, the share found in each tier; empty before the first."""
+        total = sum(tier.reads for tier in self.tiers)
+        return {tier.tier: tier.reads / total for tier in self.tiers} if total else {}
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Of the tokens given to `open_sequence`, the share that was attached from the cache."""
+        return self.attached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """Names and plain values, for `json.dumps`."""
+        derived = {"hit_rates": self.hit_rates, "prefix_hit_rate": self.prefix_hit_rate}
+        return {**asdict(self), **derived}

@@ -1,0 +1,323 @@
+"""Step: one pass of the model over new tokens of some sequences; prefill and decode alike."""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from tiermem.attention.pool_view import TORCH_DTYPES
+from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks
+from tiermem.core import Core
+from tiermem.device.protocol import Event
+from tiermem.errors import ClosedError, CorruptPageError, TierMemError, TransferError
+from tiermem.plan import Plan, make_plan
+from tiermem.pools import Ids, Tier, as_ids
+from tiermem.sequence import Sequence
+
+
+class StepWork:
+    """A step in the list of work in flight: it ends when the device has run it, and then lets go of its pins."""
+
+    def __init__(self, core: Core, plan: Plan, event: Event) -> None:
+        self._core = core
+        self._plan = plan
+        self._event = event
+
+    def poll(self) -> bool:
+        """Whether the device has ended the step."""
+        return self._event.done()
+
+    def wait(self) -> None:
+        """Block until it has."""
+        self._event.wait()
+
+    def finish(self) -> None:
+        """Release the pins (R1)."""
+        self._plan.release_pins(self._core)
+
+    def fail(self, error: TransferError) -> None:  # noqa: ARG002 - logged by the list
+        """The device failed; the bookkeeping goes on."""
+        self.finish()
+
+
+class StepOwner(Protocol):
+    """The manager, as its steps see it."""
+
+    def step_begins(self, step: Step) -> None: ...
+
+    def step_ended(self, sequences: list[Sequence], reads: dict[Tier, int]) -> None: ...
+
+
+class Step:
+    """New tokens of a batch of sequences on their way through the layers; made by `TierManager.step`.
+
+    Used as a context: for each layer in order `append` once, then `attend` any number of times. Rows of k, v, q
+    and of the result are the new tokens of all sequences, in the order of the sequences. Leaving the context
+    normally makes the tokens part of their sequences; leaving it by an exception undoes the step.
+
+    Ordering: everything runs on the stream that is torch's current one when the step begins; results are ready
+    in stream order. The host waits for reads from the SSD only, and, where pages are written through to a lower
+    tier, at the end of the step.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        owner: StepOwner,
+        sequences: list[Sequence],
+        new_tokens: list[int],
+    ) -> None:
+        self._core = core
+        self._owner = owner
+        self._sequences = sequences
+        self._new_tokens = new_tokens
+        self._plan: Plan | None = None
+        self._chunks: list[Chunk] = []
+        self._checksums: dict[int, list[np.ndarray]] = {}
+        self._next_layer = 0
+        self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    # ---- the context -------------------------------------------------------------------------------
+
+    def __enter__(self) -> Step:
+        core = self._core
+        self._owner.step_begins(self)
+        self._set_running(True)  # before planning: the open pages of these sequences are not idle
+        try:
+            self._plan = make_plan(core, self._sequences, self._new_tokens)
+            self._tables = hot_tables(core, self._plan)
+            self._token_slots = hot_token_slots(core, self._plan)
+            self._chunks = make_chunks(core, self._plan)
+        except BaseException:
+            if self._plan is not None:
+                self._end(self._plan, None, as_ids([]))
+            self._leave({})
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        plan = self._running_plan()
+        replaced: Ids | None = None
+        try:
+            if error is None:
+                self._check_complete(plan)
+                replaced = self._commit(plan)
+        finally:
+            damaged = error.pages if isinstance(error, CorruptPageError) else ()
+            self._end(plan, replaced, as_ids(damaged))
+            self._leave(plan.reads)
+
+    # ---- the body ----------------------------------------------------------------------------------
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store K and V of the new tokens of one layer.
+
+        Parameters
+        ----------
+        layer: the layers in order, from 0.
+        k, v: (new tokens, kv_heads, head_dim), the layout's dtype, on the manager's device.
+
+        Raises
+        ------
+        TypeError, ValueError: a wrong shape, dtype or device. TierMemError: not this layer's turn.
+        """
+        plan = self._running_plan()
+        num_layers = self._core.layout.num_layers
+        if layer != self._next_layer:
+            due = (
+                f"layer {self._next_layer}"
+                if self._next_layer < num_layers
+                else "none, all are appended"
+            )
+            raise TierMemError(f"append of layer {layer}: the layers come in order, due is {due}")
+        for name, tensor in (("k", k), ("v", v)):
+            self._check_rows(name, tensor, plan, self._core.layout.num_kv_heads)
+        self._core.backend.store(self._core.hot, layer, k, v, self._token_slots)
+        self._kv = (k, v)
+        for chunk in self._chunks:
+            if chunk.token_slots is not None:
+                self._fill(chunk, layer)
+                self._save(chunk, layer)
+        self._next_layer += 1
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of the new tokens over everything stored in their sequences, exactly.
+
+        Parameters
+        ----------
+        layer: the layer appended last.
+        q: (new tokens, q_heads, head_dim), q_heads a multiple of kv_heads.
+        scale: factor on q . k; 1 / sqrt(head_dim) if not given.
+        window: each token sees this many tokens, itself included; all if not given.
+
+        Returns
+        -------
+        (new tokens, q_heads, head_dim), of q's dtype.
+
+        Raises
+        ------
+        TypeError, ValueError: a wrong shape, dtype or device, a scale or window out of range.
+        TierMemError: not this layer's turn. CorruptPageError: a streamed page was found damaged.
+        """
+        plan = self._running_plan()
+        if layer != self._next_layer - 1:
+            raise TierMemError(
+                f"attend of layer {layer}: must follow append of that layer; the last one appended "
+                f"is {self._next_layer - 1 if self._next_layer else 'none'}"
+            )
+        self._check_rows("q", q, plan, None)
+        if scale is None:
+            scale = self._core.layout.head_dim**-0.5
+        if not self._chunks:
+            out, _ = self._core.backend.attend(
+                self._core.hot, layer, q, self._tables,
+                scale=scale, window=window, out_dtype=q.dtype,
+            )  # fmt: skip
+            return out
+        return self._attend_in_parts(layer, q, scale, window)
+
+    # ---- parts -------------------------------------------------------------------------------------
+
+    def _attend_in_parts(
+        self, layer: int, q: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """Partial results over hot pages and over each chunk, merged by log-sum-exp."""
+        backend, ring = self._core.backend, self._core.ring
+        out, lse = backend.attend(
+            self._core.hot, layer, q, self._tables,
+            scale=scale, window=window, out_dtype=torch.float32,
+        )  # fmt: skip
+        for chunk in self._chunks:
+            self._fill(chunk, layer)
+            part, part_lse = backend.attend(
+                ring.view, layer, q[chunk.rows], chunk.tables,
+                scale=scale, window=window, out_dtype=torch.float32,
+            )  # fmt: skip
+            ring.end_use(chunk.half)
+            out[chunk.rows], lse[chunk.rows] = backend.merge(
+                [out[chunk.rows], part], [lse[chunk.rows], part_lse], torch.float32
+            )
+        return out.to(q.dtype)
+
+    def _fill(self, chunk: Chunk, layer: int) -> None:
+        """Bring the chunk's slices to its half of the ring: old bytes from their tiers, new ones from k and v."""
+        ring = self._core.ring
+        if len(chunk.ids):
+            ring.load(chunk.half, layer, chunk.ids, chunk.tiers)
+        if chunk.token_slots is None:
+            return
+        assert self._kv is not None
+        ring.begin_use(chunk.half)
+        k, v = self._kv
+        self._core.backend.store(ring.view, layer, k[chunk.rows], v[chunk.rows], chunk.token_slots)
+
+    def _save(self, chunk: Chunk, layer: int) -> None:
+        """Write-through: the filled slices go to their home in a lower tier."""
+        slots = self._core.table.slots(chunk.written, chunk.home)
+        if chunk.home == Tier.RAM:
+            self._core.ring.save(chunk.half, chunk.num_pages, layer, slots)
+            return
+        sums = self._core.ring.save_cold(chunk.half, chunk.num_pages, layer, slots)
+        self._checksums.setdefault(int(chunk.written[0]), []).append(sums)
+
+    # ---- the end -----------------------------------------------------------------------------------
+
+    def _check_complete(self, plan: Plan) -> None:
+        num_layers = self._core.layout.num_layers
+        if self._next_layer != num_layers:
+            raise TierMemError(
+                f"the step ended after {self._next_layer} of {num_layers} layers; it is undone"
+            )
+        for transfer in plan.promotions:
+            if transfer.error is not None:
+                raise transfer.error
+
+    def _commit(self, plan: Plan) -> Ids:
+        """The tokens become part of their sequences; pages that continued others replace them."""
+        core = self._core
+        self._commit_write_through()
+        replaced = []
+        for share in plan.shares:
+            share.sequence.advance(share.pages, share.new_tokens)
+            full = share.sequence.num_tokens // core.layout.page_tokens
+            written = share.pages[share.first_written : full]
+            core.table.seal(written[~core.table.is_sealed(written)])
+            replaced.append(share.replaced)
+        plan.created.clear()
+        return np.concatenate(replaced)
+
+    def _commit_write_through(self) -> None:
+        core = self._core
+        written = [chunk for chunk in self._chunks if chunk.token_slots is not None]
+        if any(chunk.home == Tier.RAM for chunk in written):
+            core.mover.to_host.synchronize()
+        for chunk in written:
+            if chunk.home == Tier.SSD:
+                sums = np.stack(self._checksums[int(chunk.written[0])], axis=1)
+                core.mover.finish_write_through(chunk.written, sums)
+            core.table.commit(chunk.written, chunk.home)
+
+    def _end(self, plan: Plan, replaced: Ids | None, damaged: Ids) -> None:
+        """Hand the pins to the list of work in flight. `replaced` is None where the step is undone."""
+        core = self._core
+        self._plan = None
+        self._kv = None
+        event = core.device.compute_stream().record()
+        if replaced is not None:
+            core.in_flight.add(StepWork(core, plan, event))
+            core.table.release(replaced)
+            return
+        # undone: nothing may still write into what is given back
+        for ends in (event.wait, core.mover.to_host.synchronize, core.mover.to_device.synchronize):
+            with contextlib.suppress(TransferError):  # the step has failed already
+                ends()
+        plan.release_pins(core)
+        plan.discard_created(core)
+        if len(damaged):
+            core.in_flight.drain()  # steps that ended before may still hold the same copies
+            core.mover.quarantine(damaged, Tier.SSD)
+
+    def _leave(self, reads: dict[Tier, int]) -> None:
+        self._set_running(False)
+        self._owner.step_ended(self._sequences, reads)
+
+    def _set_running(self, running: bool) -> None:
+        for sequence in self._sequences:
+            sequence.step_running = running
+
+    def _running_plan(self) -> Plan:
+        if self._plan is None:
+            raise ClosedError("the step is not running: use it inside `with tm.step(...) as step:`")
+        return self._plan
+
+    def _check_rows(self, name: str, tensor: torch.Tensor, plan: Plan, heads: int | None) -> None:
+        layout = self._core.layout
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: must be a torch.Tensor, not {type(tensor).__name__}")
+        if tensor.dtype != TORCH_DTYPES[layout.dtype]:
+            raise TypeError(f"{name}.dtype={tensor.dtype}: must be {TORCH_DTYPES[layout.dtype]}")
+        if tensor.device != self._core.hot.data.device:
+            raise ValueError(f"{name}.device={tensor.device}: must be {self._core.hot.data.device}")
+        shape = tuple(tensor.shape)
+        rows, dim = plan.num_rows, layout.head_dim
+        wanted = heads if heads is not None else f"a multiple of {layout.num_kv_heads}"
+        fits = len(shape) == 3 and shape[0] == rows and shape[2] == dim
+        fits = fits and (shape[1] == heads if heads else shape[1] % layout.num_kv_heads == 0)
+        if not fits or shape[1] == 0:
+            raise ValueError(f"{name} of shape {shape}: must be ({rows}, {wanted}, {dim})")
