@@ -5,6 +5,7 @@ Arguments of another dtype, rank or stride raise ``TypeError``; nothing is cast 
 
 import enum
 import os
+from collections.abc import Sequence
 from typing import Final, final
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 Bools = npt.NDArray[np.bool_]
 Int64s = npt.NDArray[np.int64]
+UInt32s = npt.NDArray[np.uint32]
 UInt8s = npt.NDArray[np.uint8]
 
 # -- Page table -----------------------------------------------------------------------------------
@@ -182,6 +184,84 @@ class PageTable:
 
     @property
     def lowest_tier(self) -> Tier: ...
+
+# -- Prefix index ---------------------------------------------------------------------------------
+
+@final
+class PrefixIndex:
+    """Pages of tokens by content: chain hash to page id, and back.
+
+    The key of a page is SHA-256 over its parent (the key of the page before, for a first page a
+    root) and its token ids as little-endian uint32. Every entry is a first page, position 0, or
+    follows a page that is in the index too, and goes when that one goes. Hashes are 32 bytes; many
+    of them are (n, 32) uint8. One thread owns an index.
+
+    Raises
+    ------
+    ValueError: a token outside 0 to 2**32 - 1, a hash that is not 32 bytes, a number out of range.
+    InvariantError: a call that contradicts the index; it has changed nothing.
+    TypeError: an array of the wrong dtype, rank or stride.
+    """
+
+    def __init__(self, page_tokens: int) -> None:
+        """Tokens per page, at least 1."""
+
+    @staticmethod
+    def root_hash(parts: Sequence[bytes]) -> bytes:
+        """SHA-256 over a tag, then each part after its length as little-endian uint64.
+
+        The tag is the 32 bytes ``b"tiermem prefix root, version 1"`` and two zeros. Different lists
+        of parts have different roots, however their bytes are divided.
+        """
+
+    def chain(self, parent: bytes, tokens: Int64s | UInt32s) -> UInt8s:
+        """The key of each whole page of `tokens`, (n, 32); what is left at the end is not hashed."""
+
+    def insert(self, parent: bytes, key: bytes, page: int, position: int) -> bool:
+        """Whether `page` is now what `key` names.
+
+        It is not if the key is taken, or if `position` is not 0 and the page before is not in the
+        index. ``InvariantError``: the page has a name; a position that is not 0 after a root or one
+        more than that of the page before.
+        """
+
+    def insert_many(
+        self, parents: UInt8s, keys: UInt8s, pages: Int64s, positions: Int64s
+    ) -> Int64s:
+        """Inserts the entries of a store that is reopened, in any order.
+
+        Returns the pages that were not taken: a key that was taken, no page before them, or a wrong
+        position. ``InvariantError``: a page that has a name, or is given twice.
+        """
+
+    def remove(self, pages: Int64s) -> Int64s:
+        """Takes pages out, and all that follow them. Returns all that went, each after its followers.
+
+        Pages without a name are passed over.
+        """
+
+    def match(self, keys: UInt8s) -> Int64s:
+        """The pages of the longest prefix of a chain of keys (n, 32) that is in the index."""
+
+    def contains(self, key: bytes) -> bool: ...
+    def names(self, pages: Int64s) -> tuple[UInt8s, UInt8s, Int64s, Bools]:
+        """What pages are called: keys (n, 32), parents (n, 32), positions, and which have a name.
+
+        Keys, parents and positions of a page without a name are zeros.
+        """
+
+    def keys(self, pages: Int64s) -> UInt8s:
+        """Keys (n, 32). ``InvariantError``: a page without a name."""
+
+    def pages(self) -> Int64s:
+        """Every page of the index, each before the pages that follow it."""
+
+    @property
+    def size(self) -> int:
+        """How many pages have a name."""
+
+    @property
+    def page_tokens(self) -> int: ...
 
 # -- Files and I/O --------------------------------------------------------------------------------
 
