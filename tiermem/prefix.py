@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tiermem import _core
 from tiermem.layout import PageLayout
-from tiermem.pools import Ids, Tier
+from tiermem.pools import NO_SLOT, Ids, Tier
 from tiermem.store import ColdStore
 from tiermem.store_format import KEY_BYTES, PageName
 
@@ -96,26 +96,30 @@ class Prefixes:
         no longer be found, because a page before them is gone, go too.
         """
         if tier == Tier.SSD and self._store is not None and len(dropped):
-            self._store.unpublish(name.key for name in self.names_of(dropped) if name)
+            self._store.unpublish_keys(name.key for name in self.names_of(dropped) if name)
         self.forget(dead)
 
     def forget(self, ids: Ids) -> None:
         """Take pages that died or were lost, and all that follow them, out of the index."""
         if len(ids) == 0:
             return
-        removed, keys = self._index.remove(ids)
-        if self._store is not None:
-            self._store.unpublish(key.tobytes() for key in keys)
-        removed = removed[self._table.alive(removed)]
-        self._table.unpublish(removed[self._table.is_published(removed)])
+        removed = self._index.remove(ids)
+        self._unpublish(removed[self._table.alive(removed)])
 
     # ---- a store that is opened again --------------------------------------------------------------
 
     def _adopt(self, store: ColdStore) -> None:
         stored = store.stored
         ids = self._table.create_stored(Tier.SSD, stored.slots)
-        orphans = self._index.adopt(stored.parents, stored.keys, ids, stored.positions)
-        self._table.unpublish(orphans)
+        orphans = self._index.insert_many(stored.parents, stored.keys, ids, stored.positions)
+        self._unpublish(orphans)
+
+    def _unpublish(self, ids: Ids) -> None:
+        """Pages that can no longer be found lose their entry in the store, then their name."""
+        slots = self._table.slots(ids, Tier.SSD)
+        if self._store is not None:
+            self._store.unpublish(slots[slots != NO_SLOT])
+        self._table.unpublish(ids[self._table.is_published(ids)])
 
 
 def _rows(keys: Iterable[bytes]) -> NDArray[np.uint8]:

@@ -106,6 +106,7 @@ class ColdStore:
         self._generations = np.zeros(self.num_slots, dtype=np.uint64)
         self._roots = np.zeros(self.num_slots, dtype=np.uint64)
         self._published = np.zeros(self.num_slots, dtype=np.bool_)
+        self._keys = np.zeros((self.num_slots, KEY_BYTES), dtype=np.uint8)
         self._layer_sums: dict[int, NDArray[np.uint64]] = {}
         self.stored = self._load_index()
         self._next_generation = max(time.time_ns(), int(self._generations.max(initial=0)) + 1)
@@ -197,8 +198,13 @@ class ColdStore:
                     )
                     txn.put(name.key, entry.pack())
                     self._published[slot] = True
+                    self._keys[slot] = np.frombuffer(name.key, dtype=np.uint8)
 
-    def unpublish(self, keys: Iterable[bytes]) -> None:
+    def unpublish(self, slots: _Int64s) -> None:
+        """Delete the entries that name what is in `slots`, where there are any."""
+        self.unpublish_keys(self._keys[slot].tobytes() for slot in slots if self._published[slot])
+
+    def unpublish_keys(self, keys: Iterable[bytes]) -> None:
         """Delete the entries of `keys`, where there are any, before their slots are written again."""
         with self._index.begin(write=True) as txn:
             for key in keys:
@@ -265,14 +271,17 @@ class ColdStore:
                     continue
                 taken.add(entry.slot)
                 entries.append((key, entry))
-        self.unpublish(strays)
+        with self._index.begin(write=True) as txn:
+            for key in strays:
+                txn.delete(key)
         entries.sort(key=lambda pair: pair[1].generation)
         slots = np.array([entry.slot for _, entry in entries], dtype=np.int64)
         self._generations[slots] = [entry.generation for _, entry in entries]
         self._roots[slots] = [entry.root for _, entry in entries]
         self._published[slots] = True
+        self._keys[slots] = keys = _key_array(key for key, _ in entries)
         return StoredPages(
-            keys=_key_array(key for key, _ in entries),
+            keys=keys,
             parents=_key_array(entry.parent for _, entry in entries),
             slots=slots,
             positions=np.array([entry.position for _, entry in entries], dtype=np.int64),

@@ -183,7 +183,7 @@ class Mover:
         """Drop copies that were found damaged, even the last ones: their pages are lost, never served."""
         ids = ids[self.table.alive(ids)]
         if tier == Tier.SSD:
-            self._cold.unpublish(name.key for name in self._names.names_of(ids) if name)
+            self._cold.unpublish(self.table.slots(ids, Tier.SSD))
         self.table.discard(ids, tier)
         alive = self.table.alive(ids)
         lost = ids[alive][self.table.is_lost(ids[alive])]
