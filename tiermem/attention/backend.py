@@ -124,4 +124,5 @@ def backend_for(
         )
     from tiermem.attention.kernels.backend import TritonBackend
 
-    return TritonBackend(torch_device, compute_capability)
+    properties = torch.cuda.get_device_properties(torch_device)
+    return TritonBackend(compute_capability, properties.multi_processor_count)

@@ -140,9 +140,9 @@ class HostBackend:
         weights = torch.exp(lse - peak)
         total = weights.sum(0)
         out = torch.zeros(outs[0].shape, dtype=torch.float32)
-        for part, weight in zip(outs, weights, strict=True):
-            weight = (weight / _positive(total))[..., None]
-            out += torch.where(weight > 0, part.float() * weight, 0.0)
+        shares = (weights / _positive(total))[..., None]
+        for part, share in zip(outs, shares, strict=True):
+            out += torch.where(share > 0, part.float() * share, 0.0)
         return out.to(out_dtype), peak + torch.log(total)
 
 

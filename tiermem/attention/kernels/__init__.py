@@ -1,0 +1,1 @@
+"""Triton kernels for attention over pages. Importing anything here imports triton."""

@@ -1,0 +1,125 @@
+"""Tiles: how much one program of the attention kernel takes at a time, and how many there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Capability = tuple[int, int]
+
+KIB = 1024
+SHARED_BYTES: dict[Capability, int] = {
+    (7, 5): 64 * KIB,
+    (8, 0): 163 * KIB,
+    (8, 6): 99 * KIB,
+    (8, 9): 99 * KIB,
+    (9, 0): 227 * KIB,
+}
+"""Shared memory that one block of threads may have (CUDA C++ Programming Guide, compute
+capabilities)."""
+FALLBACK_SHARED_BYTES = 99 * KIB
+"""What every GPU after the T4 has at least."""
+FIRST_WITH_TENSOR_CORES: Capability = (8, 0)
+"""On older GPUs Triton's matrix products become plain multiply-adds, and there are no asynchronous
+copies to shared memory to overlap with."""
+
+DECODE_ITEMS = 64
+"""Up to this many items (query rows times the heads of a group) a sequence decodes."""
+MIN_BLOCK_M = 16
+DECODE_PROGRAMS = 4
+"""Decoding programs that should fit into an SM's shared memory: bytes in flight hide latency. On an
+H200 (fp16, head_dim 128) four programs with three tiles each read 92 % of what a plain read does."""
+FEW_WAVES, MANY_WAVES = 2, 12
+"""Programs an SM. On an H200 2 read 93 % of what a plain read does and 2.4 read 89 %, since the SMs
+with three finish last; with a dozen that no longer matters."""
+MANY_WAVES_TOKENS = 2048
+"""Tokens of one head that each of MANY_WAVES programs should have at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Sizes of one program of the attention kernel."""
+
+    block_m: int
+    """Items: query rows times query heads of a group."""
+    block_n: int
+    """Tokens of K and V a turn of the loop."""
+    num_warps: int
+    num_stages: int
+    """Turns of the loop whose K and V are in flight or in use."""
+
+
+def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is not below `value`, at least 1."""
+    return 1 << max(0, value - 1).bit_length()
+
+
+def shared_bytes(capability: Capability) -> int:
+    """Shared memory that one program may have."""
+    return SHARED_BYTES.get(capability, FALLBACK_SHARED_BYTES)
+
+
+def attend_tile(capability: Capability, head_block: int, item_bytes: int, items: int) -> Tile:
+    """The attention kernel's tile.
+
+    Sizes were chosen so that the compiled kernel keeps its sums in registers: at most a few hundred
+    bytes of spilling, and none for decode in half precision.
+
+    Parameters
+    ----------
+    head_block: head_dim rounded up to a power of two.
+    item_bytes: bytes of an element of K, V and q.
+    items: query rows times heads of a group, of the longest sequence.
+    """
+    row_bytes = head_block * item_bytes
+    if capability < FIRST_WITH_TENSOR_CORES or item_bytes == 4:
+        return _multiply_add_tile(capability, row_bytes, items)
+    if items <= DECODE_ITEMS:
+        return _decode_tile(capability, row_bytes, items)
+    return _prefill_tile(capability, row_bytes)
+
+
+def _multiply_add_tile(capability: Capability, row_bytes: int, items: int) -> Tile:
+    """Products without tensor cores, also exact float32: operands are in registers, so tiles are small."""
+    has_async_copies = capability >= FIRST_WITH_TENSOR_CORES
+    wide = items > MIN_BLOCK_M and row_bytes <= (256 if has_async_copies else 512)
+    block_m = 32 if wide else MIN_BLOCK_M
+    block_n = 32 if row_bytes <= 256 else 16
+    return Tile(block_m, block_n, 8, 2 if has_async_copies else 1)
+
+
+def _decode_tile(capability: Capability, row_bytes: int, items: int) -> Tile:
+    """Few items: small programs, many of them, each with as much in flight as fits."""
+    block_m = max(MIN_BLOCK_M, next_power_of_2(items))
+    block_n = 32 if row_bytes <= 256 else 16
+    num_warps = max(1, row_bytes // 128, block_m * row_bytes // 4096)
+    budget = shared_bytes(capability) // DECODE_PROGRAMS
+    in_flight = budget // (2 * block_n * row_bytes)
+    return Tile(block_m, block_n, num_warps, 1 + min(max(in_flight, 1), 3))
+
+
+def _prefill_tile(capability: Capability, row_bytes: int) -> Tile:
+    """Many items: large tiles, so that each element of K and V is used often."""
+    small_shared = shared_bytes(capability) < 128 * KIB
+    if row_bytes > 256:
+        return Tile(64, 16 if small_shared else 32, 8, 2)
+    if small_shared:
+        return Tile(64, 32, 4, 2)
+    if capability >= (9, 0) or row_bytes <= 128:
+        return Tile(128, 64, 8, 3)
+    return Tile(64, 32, 4, 3)
+
+
+def split_count(num_programs: int, tokens: int, block_n: int, num_sms: int) -> int:
+    """Into how many parts each sequence's K and V go; from host numbers, so that graphs can capture it.
+
+    Parameters
+    ----------
+    num_programs: programs without splitting.
+    tokens: what the longest sequence's rows see.
+    block_n: tokens of a tile; a part has at least two tiles.
+    num_sms: the GPU's multiprocessors.
+    """
+    many = MANY_WAVES * num_sms
+    long = num_programs * tokens >= many * MANY_WAVES_TOKENS
+    parts = (many if long else FEW_WAVES * num_sms) // max(1, num_programs)
+    return max(1, min(parts, tokens // (2 * block_n)))
