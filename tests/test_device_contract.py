@@ -1,4 +1,7 @@
-"""What every device promises, run over the CPU device, the simulated device and, on a GPU, CUDA."""
+"""What every device promises: the CPU, simulated and, on a GPU, the CUDA device.
+
+The CUDA device runs on a fake CUDA too, which finds wrong calls without a GPU but no wrong order.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import fake_cuda
 import numpy as np
 import pytest
 import torch
@@ -16,6 +20,7 @@ from tiermem.device.simulated import SimulatedDevice
 from tiermem.errors import ClosedError, ConfigError
 
 SIZE = 1 << 20
+FAKE = "cuda-calls"
 
 
 def _open_cuda() -> Device:
@@ -34,11 +39,14 @@ DEVICES: dict[str, Callable[[], Device]] = {
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in DEVICES
+        pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name
+        for name in [*DEVICES, FAKE]
     ]
 )
-def device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    opened = DEVICES[request.param]()
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    if request.param == FAKE:
+        fake_cuda.install(monkeypatch, fake_cuda.FakeCuda())
+    opened = DEVICES["cuda" if request.param == FAKE else request.param]()
     yield opened
     opened.close()
 

@@ -125,10 +125,12 @@ class SimulatedStream:
         """
         front = self.queue[0]
         if isinstance(front, _Pieces):
-            self.run(front.left.pop())
-            if front.left:
-                return
-        elif isinstance(front, SimulatedEvent):
+            piece = front.left.pop()
+            if not front.left:
+                self.queue.popleft()
+            self.run(piece)
+            return
+        if isinstance(front, SimulatedEvent):
             front.failure, self.event_failure = self.event_failure, None
             front.passed = True
         self.queue.popleft()
