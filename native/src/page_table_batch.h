@@ -10,8 +10,10 @@
 
 namespace tiermem {
 
-// Pages of a batch lie anywhere in memory; asking for them this far ahead hides the misses.
-inline constexpr std::size_t kPrefetchDistance = 12;
+// Pages of a batch, and their neighbours in the lists, lie anywhere in memory; asking for a page
+// this far ahead, and for its neighbours when it has come, hides the misses.
+inline constexpr std::size_t kPageDistance = 16;
+inline constexpr std::size_t kNeighbourDistance = 6;
 
 inline std::size_t tier_number(Tier tier) { return static_cast<std::size_t>(tier); }
 
@@ -37,12 +39,28 @@ inline std::int32_t PageTable::index_of(PageId id) const {
   return static_cast<std::int32_t>(index);
 }
 
+inline void PageTable::prefetch_page(PageIds ids, std::size_t i) const {
+  if (i >= ids.size()) return;
+  const auto index = static_cast<std::size_t>(ids[i] & 0xffffffff);
+  if (index < pages_.size()) __builtin_prefetch(&pages_[index], 1);
+}
+
+inline void PageTable::prefetch_neighbours(PageIds ids, std::size_t i) const {
+  if (i >= ids.size()) return;
+  const auto index = static_cast<std::size_t>(ids[i] & 0xffffffff);
+  if (index >= pages_.size()) return;
+  for (const Copy& copy : pages_[index].copies) {
+    if (copy.prev != kNone) __builtin_prefetch(&page_at(copy.prev), 1);
+    if (copy.next != kNone) __builtin_prefetch(&page_at(copy.next), 1);
+  }
+}
+
 template <class Use>
 void PageTable::each(const char* verb, PageIds ids, Use use) const {
+  for (std::size_t i = 0; i < std::min(kPageDistance, ids.size()); ++i) prefetch_page(ids, i);
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    const std::size_t ahead =
-        static_cast<std::size_t>(ids[std::min(i + kPrefetchDistance, ids.size() - 1)] & 0xffffffff);
-    if (ahead < pages_.size()) __builtin_prefetch(&pages_[ahead]);
+    prefetch_page(ids, i + kPageDistance);
+    prefetch_neighbours(ids, i + kNeighbourDistance);
     use(find(verb, ids[i]));
   }
 }
@@ -51,7 +69,10 @@ template <class Value, class Read>
 std::vector<Value> PageTable::read(const char* verb, PageIds ids, Read read_page) const {
   std::vector<Value> values;
   values.reserve(ids.size());
-  each(verb, ids, [&](std::int32_t index) { values.push_back(read_page(page_at(index))); });
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    prefetch_page(ids, i + kPageDistance);
+    values.push_back(read_page(page_at(find(verb, ids[i]))));
+  }
   return values;
 }
 
@@ -60,6 +81,7 @@ void PageTable::require_countdown(const char* verb, PageIds ids, const char* wan
                                   Counter counter) {
   std::size_t num_done = 0;
   while (num_done < ids.size()) {
+    prefetch_page(ids, num_done + kPageDistance);
     const std::int32_t index = index_of(ids[num_done]);
     if (index == kNone || counter(page_at(index)) == 0) break;
     --counter(page_at(index));

@@ -35,9 +35,10 @@ PageTable::Place PageTable::place_for(const Page& page, std::size_t tier) const 
 
 void PageTable::unlink(std::int32_t index, std::size_t tier) {
   List& list = list_of(tier, page_at(index).places[tier]);
-  const Copy& copy = page_at(index).copies[tier];
+  Copy& copy = page_at(index).copies[tier];
   (copy.prev == kNone ? list.cold : page_at(copy.prev).copies[tier].next) = copy.next;
   (copy.next == kNone ? list.hot : page_at(copy.next).copies[tier].prev) = copy.prev;
+  copy.prev = copy.next = kNone;
 }
 
 void PageTable::append(std::int32_t index, std::size_t tier) {

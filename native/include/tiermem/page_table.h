@@ -223,6 +223,9 @@ class PageTable {
   [[noreturn]] void refuse(const char* verb, PageId id, const char* want) const;
   [[noreturn]] void refuse(const char* verb, PageId id, std::size_t tier, const char* want) const;
 
+  void prefetch_page(PageIds ids, std::size_t i) const;
+  void prefetch_neighbours(PageIds ids, std::size_t i) const;
+
   // Calls use(index) for each id, in order; throws for a stale id before using it.
   template <class Use>
   void each(const char* verb, PageIds ids, Use use) const;
