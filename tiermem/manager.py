@@ -347,17 +347,18 @@ class TierManager:
         missing = pages[core.table.states(pages, Tier.SSD) != VALID]
         missing = missing[: core.table.counts(Tier.SSD).slots]
         for src in (Tier.RAM, Tier.GPU):
-            core.table.pin(held := missing[core.best_tiers(missing) == src], src)
+            missing = core.room.wanted(missing)
+            held = missing[core.best_tiers(missing) == src]
+            core.table.pin(held, src)
             try:
                 room = core.room.gain(Tier.SSD, len(held))
-                transfers = core.mover.submit(held[:room], src, Tier.SSD)
+                transfers = core.mover.submit(core.room.wanted(held)[:room], src, Tier.SSD)
             finally:
                 core.table.unpin(held, src)
             core.in_flight.wait_for(transfers)
             for transfer in transfers:
                 if transfer.error is not None:
                     raise transfer.error
-            missing = missing[core.table.alive(missing)]
 
     def _name_stored(self, store: ColdStore, pages: Ids) -> None:
         """Pages that were spilled before they had a name get it."""

@@ -65,13 +65,12 @@ class Prefixes:
 
         Pages that were written to the store before they had a name get it in the store by the next `flush`.
         """
-        parents = [parent, *keys[:-1]]
-        for i, (key, above) in enumerate(zip(keys, parents, strict=True)):
-            page = pages[i : i + 1]
-            if not self._table.is_lost(page)[0] and self._index.insert(
-                above, key, int(page[0]), position + i
-            ):
-                self._table.publish(page)
+        # a page that two sequences share may have its name from the other one already
+        nameless = ~(self._index.names(pages)[3] | self._table.is_lost(pages))
+        for i in np.flatnonzero(nameless):
+            above = keys[i - 1] if i else parent
+            if self._index.insert(above, keys[i], int(pages[i]), position + int(i)):
+                self._table.publish(pages[i : i + 1])
 
     def names_of(self, ids: Ids) -> list[PageName | None]:
         """What each page is called; None for one without a name."""

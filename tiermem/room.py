@@ -6,10 +6,12 @@ when nothing is in flight and nothing can be dropped the answer is OutOfPagesErr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiermem import _core
 from tiermem.errors import OutOfPagesError, TransferError
@@ -17,6 +19,8 @@ from tiermem.inflight import InFlight
 from tiermem.pools import VALID, Ids, Tier
 from tiermem.prefix import Prefixes
 from tiermem.transfer import Mover
+
+log = logging.getLogger("tiermem")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,33 +110,39 @@ class Room:
                 self._table.unpin(ids, tier)
         return started
 
-    def demote_all(self, ids: Ids, tier: Tier) -> None:
-        """Copy each of `ids` that has no copy further down one tier down, and wait.
+    def move_down(self, ids: Ids, tier: Tier) -> None:
+        """Take the copies of `ids` out of `tier`, after those that have none lower were copied; waits.
 
         Raises
         ------
-        OutOfPagesError: the lower tiers cannot take all of them; some may have been copied.
+        OutOfPagesError: the lower tiers cannot take all of them; some may have moved.
         TransferError: a copy or write failed.
         """
-        while len(ids := self._without_lower_copy(ids, tier)):
-            self._table.pin(ids, tier)  # R4
-            try:
-                room, lower = 0, tier
-                for lower in self._lower(tier):
-                    if room := self.gain(lower, len(ids)):
-                        break
-                if not room:
-                    raise OutOfPagesError(
-                        f"{len(ids)} pages cannot leave {tier.name}; {self.describe()}"
-                    )
-                transfers = self._mover.submit(ids[:room], tier, lower)
-            finally:
-                self._table.unpin(ids, tier)
-            self.demotions[tier] += room
-            self._in_flight.wait_for(transfers)
-            for transfer in transfers:
-                if transfer.error is not None:
-                    raise transfer.error
+        while True:
+            clean = self._has_lower_copy(ids, tier)
+            self._table.drop(ids[clean], tier)
+            ids = ids[~clean]
+            if len(ids) == 0:
+                return
+            self._copy_some_down(ids, tier)
+
+    def _copy_some_down(self, ids: Ids, tier: Tier) -> None:
+        self._table.pin(ids, tier)  # R4
+        try:
+            room, lower = 0, tier
+            for lower in self._lower(tier):
+                if room := self.gain(lower, len(ids)):
+                    break
+            if not room:
+                raise OutOfPagesError(f"{len(ids)} pages cannot leave {tier.name}; {self.describe()}")
+            transfers = self._mover.submit(ids[:room], tier, lower)
+        finally:
+            self._table.unpin(ids, tier)
+        self.demotions[tier] += room
+        self._in_flight.wait_for(transfers)
+        for transfer in transfers:
+            if transfer.error is not None:
+                raise transfer.error
 
     def demote_ahead(self) -> None:
         """Background work: where a tier is below its low watermark, start demoting; never waits."""
@@ -147,7 +157,15 @@ class Room:
             if missing > 0:
                 self.evict(lower, missing)
             ids = ids[: self._table.counts(lower).free]
-            self._submit_down(ids[self._table.alive(ids)], tier, lower)
+            self._submit_down(ids, tier, lower)
+
+    def wanted(self, ids: Ids) -> Ids:
+        """Those of `ids` that still have someone who refers to them or a name.
+
+        Making room may end the life of pages that can be found through an evicted page alone.
+        """
+        ids = ids[self._table.alive(ids)]
+        return ids[(self._table.refs(ids) > 0) | self._table.is_published(ids)]
 
     def describe(self) -> str:
         """The counts of every tier, for messages."""
@@ -165,17 +183,19 @@ class Room:
     def _lower(self, tier: Tier) -> list[Tier]:
         return [t for t in Tier if t > tier and self._table.counts(t).slots > 0]
 
-    def _without_lower_copy(self, ids: Ids, tier: Tier) -> Ids:
+    def _has_lower_copy(self, ids: Ids, tier: Tier) -> NDArray[np.bool_]:
         has_lower = np.zeros(len(ids), dtype=np.bool_)
         for lower in self._lower(tier):
             has_lower |= self._table.states(ids, lower) == VALID
-        return ids[~has_lower]
+        return has_lower
 
     def _submit_down(self, ids: Ids, tier: Tier, lower: Tier) -> int:
+        ids = self.wanted(ids)
         try:
             self._mover.submit(ids, tier, lower)
-        except TransferError:
-            return 0  # counted and logged by the store or the device; the pages stay where they are
+        except TransferError as error:
+            log.error("%s pages stay in %s: %s", len(ids), tier.name, error)
+            return 0
         self.demotions[tier] += len(ids)
         return len(ids)
 

@@ -160,10 +160,7 @@ class Sequence:
         core.in_flight.drain()
         self.seal_tail()
         own = self.pages[core.table.refs(self.pages) == 1]
-        on_gpu = own[core.table.states(own, Tier.GPU) == VALID]
-        core.room.demote_all(on_gpu, Tier.GPU)
-        on_gpu = on_gpu[core.table.states(on_gpu, Tier.GPU) == VALID]
-        core.table.drop(on_gpu, Tier.GPU)
+        core.room.move_down(own[core.table.states(own, Tier.GPU) == VALID], Tier.GPU)
 
     def prefetch(self) -> int:
         """Start bringing pages that are not hot closer, as far as slots are free or clean; never waits.
