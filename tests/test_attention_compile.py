@@ -44,10 +44,13 @@ DECODE = Variant(page_tokens=16, has_window=True)
 PREFILL = Variant(items=3584)
 EVERYWHERE = [DECODE, PREFILL, Variant(items=3584, page_tokens=16, has_starts=True)]
 MORE = [
-    Variant(head_dim=head_dim, items=items, page_tokens=page_tokens, dtype=dtype)
-    for dtype in (torch.float16, torch.float32)
-    for head_dim, page_tokens in ((64, 64), (80, 32), (256, 16))
-    for items in (8, 56, 4096)
+    Variant(head_dim=64, items=56),
+    Variant(head_dim=80, page_tokens=32, items=8),
+    Variant(head_dim=256, page_tokens=16, items=8),
+    Variant(head_dim=256, page_tokens=16, items=56),
+    Variant(head_dim=256, page_tokens=16, items=4096),
+    Variant(head_dim=64, items=4096, dtype=torch.float32),
+    Variant(head_dim=256, page_tokens=16, items=4096, dtype=torch.float32),
 ]
 
 

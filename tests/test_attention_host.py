@@ -160,6 +160,17 @@ def test_store_puts_each_token_in_its_place_and_touches_nothing_else(dtype: str)
     assert torch.equal(stored, torch.stack([k[1], v[1]]))
 
 
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("window", [None, 25])
+def test_the_quick_expectation_is_the_reference(window: int | None, scattered: bool) -> None:
+    shape = Shape(rows=(1, 9, 0), stored=(80, 50, 20), window=window, scattered=scattered)
+    case = make_case(shape, seed=8)
+    out, lse = case.expected_quickly()
+    expected_out, expected_lse = case.expected()
+    assert cases.relative_error(out, expected_out) < 1e-12
+    cases.check_lse(lse, expected_lse)
+
+
 def _tables_like(case: Case, **changes: object) -> PagedTables:
     return replace(case.tables, **changes)  # type: ignore[arg-type]
 
