@@ -9,6 +9,8 @@ set -eu
 
 venv=$1
 extras=dev
+# Python compiles what is imported when it is; compiling all of torch and transformers takes half a minute.
+export PIP_NO_COMPILE=1
 cd "$(dirname "$0")/.."
 
 say() { echo "make_venv: $*" >&2; }
