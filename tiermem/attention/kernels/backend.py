@@ -179,4 +179,4 @@ def _merge(
 
 def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device; in its interpreter tensors are on none."""
-    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    return torch.cuda.device_of(tensor)
