@@ -63,7 +63,13 @@ ThreadEngine::ThreadEngine(std::size_t num_threads, std::shared_ptr<FileOps> ops
   }
 }
 
-ThreadEngine::~ThreadEngine() { stop_workers(!close(kDestructorTimeoutS)); }
+ThreadEngine::~ThreadEngine() {
+  const bool was_closed = [this] {
+    const std::lock_guard lock(shared_->mutex);
+    return shared_->is_closed;
+  }();
+  stop_workers(!close(was_closed ? 0.0 : kDestructorTimeoutS));
+}
 
 void ThreadEngine::work(Shared& shared) {
   std::unique_lock lock(shared.mutex);

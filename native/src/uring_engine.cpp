@@ -26,6 +26,7 @@ class UringEngine::Driver {
   }
 
   void refuse_batches() noexcept { is_closed_ = true; }
+  bool refuses_batches() const noexcept { return is_closed_; }
   IoTickets& tickets() noexcept { return tickets_; }
   const IoTickets& tickets() const noexcept { return tickets_; }
   bool has_operations() const noexcept { return is_in_kernel() || !waiting_.empty(); }
@@ -106,7 +107,7 @@ UringEngine::UringEngine(std::size_t queue_depth)
 UringEngine::~UringEngine() {
   bool is_idle = false;
   try {
-    is_idle = close(kDestructorTimeoutS);
+    is_idle = close(driver_->refuses_batches() ? 0.0 : kDestructorTimeoutS);
   } catch (const std::system_error&) {
     is_idle = false;  // the ring is unusable: what is in flight cannot be waited for
   }

@@ -91,7 +91,8 @@ class IoEngine {
   IoEngine(const IoEngine&) = delete;
   IoEngine& operator=(const IoEngine&) = delete;
 
-  // Waits kDestructorTimeoutS for what is in flight, like close().
+  // Without an earlier close(), closes and waits kDestructorTimeoutS for what is in flight. What is
+  // in flight even then is left alone, and what the engine needs for it is leaked.
   virtual ~IoEngine() = default;
   static constexpr double kDestructorTimeoutS = 30.0;
 
