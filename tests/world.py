@@ -7,21 +7,23 @@ equal and any mix-up of pages, positions, layers or tenants shows as wrong bytes
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from tiermem import OutOfPagesError, PageLayout, Sequence, TierConfig, TierManager
+from tiermem import OutOfPagesError, PageLayout, Sequence, Step, TierConfig, TierManager
 from tiermem._core import CopyState, Tier
+from tiermem.device.protocol import Device
 from tiermem.device.simulated import SimulatedDevice
 
 LAYOUT = PageLayout(
     num_layers=2, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16
 )
 SALTS = (b"", b"tenant")
-MAX_TOKENS = 400
+MAX_TOKENS = 320
 NUM_PROMPTS = 3
 
 
@@ -57,14 +59,21 @@ class World:
     """
 
     def __init__(
-        self, seed: int, slots: tuple[int, int, int], store: Path | None, eagerness: float = 0.5
+        self,
+        seed: int,
+        slots: tuple[int, int, int],
+        store: Path | None,
+        eagerness: float = 0.5,
+        make_device: Callable[[int], Device] | None = None,
     ) -> None:
         torch.set_num_threads(1)  # tensors are tiny here
         self.random = random.Random(seed)
         self.seed = seed
         self.slots = slots
         self.store = store
-        self.eagerness = eagerness
+        self.make_device = make_device or (
+            lambda seed: SimulatedDevice(seed, total_bytes=1 << 28, eagerness=eagerness)
+        )
         self.num_operations = 0
         self.num_refused = 0
         self.num_attached = 0
@@ -79,15 +88,12 @@ class World:
     def open_manager(self) -> None:
         gpu, ram, ssd = self.slots
         slot = LAYOUT.slot_bytes
-        self.device = SimulatedDevice(
-            self.random.randrange(2**31), total_bytes=1 << 28, eagerness=self.eagerness
-        )
+        self.device = self.make_device(self.random.randrange(2**31))
         config = TierConfig(
             gpu=gpu * slot,
             ram=ram * slot,
             ssd=store_bytes(ssd) if self.store else 0,
             ssd_path=self.store,
-            device="cpu",
             staging_pages=2,
             low_watermark=0.2,
             high_watermark=0.4,
@@ -181,8 +187,9 @@ class World:
         self.manager.poll()
 
     def op_progress(self) -> None:
-        for _ in range(self.random.randrange(10)):
-            self.device.progress()
+        if isinstance(self.device, SimulatedDevice):
+            for _ in range(self.random.randrange(10)):
+                self.device.progress()
 
     def op_read(self) -> None:
         known = self.pick()
@@ -210,7 +217,6 @@ class World:
         fail_at = self.random.randrange(2 * LAYOUT.num_layers) if fails else -1
         try:
             with self.manager.step([k.sequence for k in batch], new_tokens=counts) as step:
-                self.guard_step(step)
                 for layer in range(LAYOUT.num_layers):
                     if fail_at == 2 * layer:
                         raise Failure
@@ -225,9 +231,6 @@ class World:
             known.tokens += tokens
             assert known.sequence.num_tokens == len(known.tokens)
 
-    def guard_step(self, step: object) -> None:
-        """Pages of a step stay as they are until the device has ended it; see `SimulatedDevice.guard`."""
-
     def next_tokens(self, known: Known, count: int) -> list[int]:
         """Mostly what the prompts say, so that other sequences meet the same content."""
         start = len(known.tokens)
@@ -237,21 +240,22 @@ class World:
         return [self.random.randrange(50) for _ in range(count)]
 
     def run_layer(
-        self, step: object, layer: int, batch: list[Known], new: list[list[int]]
+        self, step: Step, layer: int, batch: list[Known], new: list[list[int]]
     ) -> None:
         rows = [
             kv_of(k.salt, np.array(tokens), len(k.tokens), layer)
             for k, tokens in zip(batch, new, strict=True)
         ]
         kv = torch.cat(rows, dim=1)
-        step.append(layer, kv[0], kv[1])
+        where = self.manager.torch_device
+        step.append(layer, kv[0].to(where), kv[1].to(where))
         q = torch.from_numpy(
             np.random.default_rng(self.random.randrange(2**31))
             .standard_normal((kv.shape[1], 2, LAYOUT.head_dim))
             .astype(np.float32)
         )
         window = self.random.choice([None, None, 5, 40])
-        out = step.attend(layer, q, window=window)
+        out = step.attend(layer, q.to(where), window=window).cpu()
         row = 0
         for known, tokens in zip(batch, new, strict=True):
             all_tokens = np.array(known.tokens + tokens)
@@ -276,8 +280,8 @@ class World:
         layer = self.random.randrange(LAYOUT.num_layers)
         k, v = known.sequence.read(layer, start, end)
         want = kv_of(known.salt, np.array(known.tokens[start:end], dtype=np.int64), start, layer)
-        assert torch.equal(k, want[0]), f"K of seed {self.seed} differs"
-        assert torch.equal(v, want[1]), f"V of seed {self.seed} differs"
+        assert torch.equal(k.cpu(), want[0]), f"K of seed {self.seed} differs"
+        assert torch.equal(v.cpu(), want[1]), f"V of seed {self.seed} differs"
 
 
 OPERATIONS = {

@@ -71,6 +71,7 @@ class Core:
         ------
         CorruptPageError, TransferError: a read failed; no page is lost that was not lost before.
         """
+        self.settle_filling(ids, Tier.RAM)  # reads that were started ahead
         tiers = self.best_tiers(ids)
         cold = ids[tiers == Tier.SSD]
         copies = self.mover.submit(ids[tiers == Tier.RAM], Tier.RAM, Tier.GPU)

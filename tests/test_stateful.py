@@ -1,0 +1,34 @@
+"""100,000 random operations on manager, sequences and the simulated device, against an oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from world import World
+
+SLOTS = ((4, 8, 0), (3, 4, 30), (6, 0, 40), (40, 10, 10), (2, 30, 0), (8, 8, 60), (1, 3, 40))
+RUNS = 200
+OPERATIONS = 500
+"""Of one run; half of them before the manager is closed and opened again, where there is a store."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(20))
+def test_random_operations_never_serve_a_wrong_byte(part: int, tmp_path: Path) -> None:
+    done = refused = attached = 0
+    for seed in range(part, RUNS, 20):
+        slots = SLOTS[seed % len(SLOTS)]
+        store = tmp_path / str(seed) if slots[2] else None
+        world = World(seed, slots, store, eagerness=(0.1, 0.5, 1.0)[seed % 3])
+        world.run(OPERATIONS // 2)
+        if store:
+            world.reopen()
+        world.run(OPERATIONS // 2)
+        world.close()
+        done += world.num_operations
+        refused += world.num_refused
+        attached += world.num_attached
+    assert done == OPERATIONS * RUNS // 20
+    assert refused < done / 4, "most operations must have had the room to do something"
+    assert attached > 0, "content must have been found again"
