@@ -1,0 +1,188 @@
+"""Forward: one call of the model on its way through the layers, as one step of the manager."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from contextvars import ContextVar
+
+import numpy as np
+import torch
+
+from tiermem.errors import ConfigError, TierMemError
+from tiermem.integrations.transformers.call import Call
+from tiermem.integrations.transformers.rows import Rows
+from tiermem.integrations.transformers.support import ModelAttention
+from tiermem.manager import TierManager
+from tiermem.step import Step
+
+
+class Forward:
+    """The step of one call. Each layer calls `append`, then `attend`; the call ends with `finish` or `abandon`.
+
+    Rows of the batch without a new token take no part in the step.
+    """
+
+    def __init__(
+        self, manager: TierManager, attention: ModelAttention, rows: Rows, call: Call
+    ) -> None:
+        self.is_open = True
+        self._attention = attention
+        self._rows = rows
+        self._call = call
+        self._next_layer = 0
+        self._waiting: tuple[int, torch.Tensor] | None = None
+        self._places = _places(call, attention.device)
+        self._context = ExitStack()
+        counts = call.real.sum(axis=1)
+        busy = np.flatnonzero(counts)
+        self._step: Step | None = None
+        if len(busy):
+            step = manager.step([rows.sequences[i] for i in busy], [int(counts[i]) for i in busy])
+            self._step = self._context.enter_context(step)
+
+    # ---- the layers --------------------------------------------------------------------------------
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store one layer's K and V, (rows, kv_heads, columns, head_dim); padding is left out.
+
+        Raises
+        ------
+        ConfigError: the model did not attend through tiermem, or its K and V are not what its configuration says.
+        """
+        if self._waiting is not None or layer != self._next_layer:
+            raise ConfigError(
+                f"K and V of layer {layer} came while layer {self._next_layer} was due to "
+                f"{'attend' if self._waiting else 'store'}: TieredCache needs every layer to store its "
+                f"own K and V and then to attend, in order"
+            )
+        self._check_shape("K", key)
+        self._check_shape("V", value)
+        if self._step is not None:
+            self._step.append(layer, self._pack(key), self._pack(value))
+        self._waiting = (layer, key)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, scale: float | None, window: int | None
+    ) -> torch.Tensor:
+        """Attention of the layer appended last over all that is stored.
+
+        Parameters
+        ----------
+        query: (rows, q_heads, columns, head_dim). key: the K of that layer, as given to `append`.
+        window: what the model says it is.
+
+        Returns
+        -------
+        (rows, columns, q_heads, head_dim), zeros at padding.
+
+        Raises
+        ------
+        ConfigError: K was changed after it was stored, or the window is not what the configuration says.
+        """
+        if self._waiting is None or key is not self._waiting[1]:
+            raise ConfigError(
+                "TieredCache does not support models that change K after storing them"
+            )
+        layer = self._waiting[0]
+        if window != self._attention.windows[layer]:
+            raise ConfigError(
+                f"layer {layer} attends with a window of {window}, its configuration says "
+                f"{self._attention.windows[layer]}"
+            )
+        rows, heads, columns, dim = query.shape
+        if self._step is None:
+            out = query.new_zeros((rows, columns, heads, dim))
+        else:
+            packed = self._step.attend(layer, self._pack(query), scale=scale, window=window)
+            out = self._unpack(packed, rows, columns)
+        self._waiting = None
+        self._next_layer += 1
+        return _InferenceOnly.guard(out, query)
+
+    # ---- the end -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """The call ended well: its tokens become part of the rows.
+
+        Raises
+        ------
+        TierMemError: layers are missing. CorruptPageError, TransferError: the step could not be completed; in
+        either case nothing was stored.
+        """
+        try:
+            num_layers = len(self._attention.windows)
+            if self._waiting is not None or self._next_layer != num_layers:
+                raise TierMemError(
+                    f"the model ended after {self._next_layer} of {num_layers} layers had attended"
+                )
+        except TierMemError as error:
+            self.abandon(error)
+            raise
+        self.is_open = False
+        self._context.close()
+        self._rows.advance(self._call)
+
+    def abandon(self, error: BaseException) -> None:
+        """The call failed with `error`: nothing of it was stored. Does nothing once it has ended."""
+        if self.is_open:
+            self.is_open = False
+            self._context.__exit__(type(error), error, error.__traceback__)
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _check_shape(self, name: str, tensor: torch.Tensor) -> None:
+        layout, call = self._attention.layout, self._call
+        shape = (call.rows, layout.num_kv_heads, call.columns, layout.head_dim)
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(
+                f"{name} of shape {tuple(tensor.shape)}: the configuration says {shape}"
+            )
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(rows, heads, columns, dim) as (tokens, heads, dim), without padding."""
+        flat = tensor.detach().transpose(1, 2).flatten(0, 1)
+        return flat if self._places is None else flat.index_select(0, self._places)
+
+    def _unpack(self, packed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """(tokens, heads, dim) as (rows, columns, heads, dim), zeros at padding."""
+        if self._places is not None:
+            flat = packed.new_zeros((rows * columns, *packed.shape[1:]))
+            packed = flat.index_copy_(0, self._places, packed)
+        return packed.view(rows, columns, *packed.shape[1:])
+
+
+CURRENT: ContextVar[Forward | None] = ContextVar("tiermem_forward", default=None)
+"""The call that this thread is in: transformers does not hand the cache to the attention function."""
+
+
+def current_forward() -> Forward | None:
+    """The call that this thread is in, if it is one with a TieredCache and has not ended."""
+    forward = CURRENT.get()
+    return forward if forward is not None and forward.is_open else None
+
+
+def _places(call: Call, device: torch.device) -> torch.Tensor | None:
+    """Where the real tokens are among rows x columns; None where all are real."""
+    if call.real.all():
+        return None
+    return torch.from_numpy(np.flatnonzero(call.real)).to(device)
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Lets results through and refuses gradients: K and V that were stored have none."""
+
+    @staticmethod
+    def guard(out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """`out`, through which no gradient flows to `query` in silence."""
+        if not (torch.is_grad_enabled() and query.requires_grad):
+            return out
+        guarded: torch.Tensor = _InferenceOnly.apply(out, query)  # type: ignore[no-untyped-call]
+        return guarded
+
+    @staticmethod
+    def forward(ctx: object, out: torch.Tensor, query: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: object, *grad_outputs: torch.Tensor) -> None:  # noqa: ARG004
+        raise TierMemError("no gradients flow through a TieredCache: it is for inference")

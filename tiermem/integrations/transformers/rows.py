@@ -1,0 +1,171 @@
+"""Rows: the batch of a cache, one sequence a row, and which columns of each row are padding.
+
+transformers counts columns: every row of a batch is as long as the longest, and shorter ones are padded.
+tiermem stores tokens: padding has no K and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiermem.integrations.transformers.call import Call
+from tiermem.manager import TierManager
+from tiermem.sequence import Sequence
+
+
+class Rows:
+    """Sequences of the rows of one batch; empty until the first call or `attach` says how many rows there are."""
+
+    def __init__(self, manager: TierManager, salt: bytes, label: str) -> None:
+        self.sequences: list[Sequence] = []
+        self.real: NDArray[np.bool_] = np.ones((0, 0), dtype=np.bool_)
+        self._manager = manager
+        self._salt = salt
+        self._label = label
+
+    @property
+    def columns(self) -> int:
+        """Columns that are stored, padding included: the length that transformers sees."""
+        return int(self.real.shape[1])
+
+    @property
+    def padded(self) -> bool:
+        """Whether any stored column of any row is padding."""
+        return not self.real.all()
+
+    # ---- growing -----------------------------------------------------------------------------------
+
+    def fit(self, call: Call) -> None:
+        """Open sequences for the rows of `call`, if there are none yet.
+
+        Raises
+        ------
+        ValueError: another number of rows than before, or a mask that contradicts what is stored.
+        """
+        if not self.sequences:
+            self._open(call.rows)
+        if call.rows != len(self.sequences):
+            raise ValueError(
+                f"input_ids of {call.rows} rows: the cache holds {len(self.sequences)}; reset it, or use "
+                f"batch_repeat_interleave for several continuations of each row"
+            )
+        if call.past_real is None:
+            if self.padded:
+                raise ValueError(
+                    "attention_mask: must be given, because the cache holds padded rows"
+                )
+        elif call.past_real.shape[1] != self.columns:
+            raise ValueError(
+                f"attention_mask of {call.past_real.shape[1] + call.columns} columns: must be "
+                f"{self.columns} (stored) + {call.columns} (new)"
+            )
+        elif not np.array_equal(call.past_real, self.real):
+            raise ValueError(
+                "attention_mask: differs from before in columns that are stored already"
+            )
+
+    def advance(self, call: Call) -> None:
+        """A step has stored the tokens of `call`: count its columns and name its tokens."""
+        for row, sequence in enumerate(self.sequences):
+            real = call.real[row]
+            if call.ids is not None and self._placed_as_stored(call, row):
+                sequence.record(call.ids[row][real])
+        self.real = np.concatenate([self.real, call.real], axis=1)
+
+    def _placed_as_stored(self, call: Call, row: int) -> bool:
+        """Whether all tokens before are named, and the model counted each new one's position as tiermem does.
+
+        K are rotated by positions: a token at another place than its index must not be found by its index.
+        """
+        sequence, real = self.sequences[row], call.real[row]
+        count = int(real.sum())
+        first = sequence.num_tokens - count
+        positions = (
+            np.arange(self.columns, self.columns + call.columns)
+            if call.positions is None
+            else call.positions[row]
+        )
+        return sequence.num_named == first and np.array_equal(
+            positions[real], np.arange(first, first + count)
+        )
+
+    # ---- reusing -----------------------------------------------------------------------------------
+
+    def attach(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> int:
+        """Attach stored prefixes of rows `ids` (rows, columns), left-padded where `real` is False.
+
+        As many columns as every row finds, but never the last one: its logits are to be computed. Returns their
+        number.
+        """
+        padding = [int(np.argmax(row)) if row.any() else len(row) for row in real]
+        rows, columns = ids.shape
+        try:
+            for row in range(rows):
+                self.sequences.append(self._open_one(ids[row][padding[row] :]))
+            found = [
+                start + sequence.num_tokens
+                for start, sequence in zip(padding, self.sequences, strict=True)
+            ]
+            attached: int = min(columns - 1, *found)
+            for start, sequence in zip(padding, self.sequences, strict=True):
+                sequence.rollback(sequence.num_tokens - max(attached - start, 0))
+        except BaseException:
+            self.reset()
+            raise
+        self.real = real[:, :attached].copy()
+        return attached
+
+    # ---- shrinking and choosing --------------------------------------------------------------------
+
+    def crop(self, columns: int) -> None:
+        """Forget the last `columns` columns.
+
+        Raises
+        ------
+        ValueError: below 0 or more than there are.
+        """
+        if not 0 <= columns <= self.columns:
+            raise ValueError(f"columns={columns}: must be 0 to {self.columns}")
+        kept = self.columns - columns
+        for sequence, gone in zip(self.sequences, self.real[:, kept:].sum(axis=1), strict=True):
+            sequence.rollback(int(gone))
+        self.real = self.real[:, :kept]
+
+    def select(self, rows: SequenceOf[int]) -> None:
+        """Row i becomes what row `rows[i]` is now; a row that is chosen twice is forked, others are closed.
+
+        Raises
+        ------
+        ValueError: none chosen, or a row that does not exist.
+        """
+        if not rows or not all(0 <= row < len(self.sequences) for row in rows):
+            raise ValueError(f"rows={list(rows)}: each must be 0 to {len(self.sequences) - 1}")
+        left = dict(enumerate(self.sequences))
+        chosen = []
+        for row in rows:
+            first = left.pop(row, None)
+            chosen.append(self.sequences[row].fork(self._label) if first is None else first)
+        for sequence in left.values():
+            sequence.close()
+        self.sequences = chosen
+        self.real = self.real[list(rows)]
+
+    def reset(self) -> None:
+        """Close every sequence; pages of named tokens stay in the cache."""
+        for sequence in self.sequences:
+            sequence.close()
+        self.sequences = []
+        self.real = np.ones((0, 0), dtype=np.bool_)
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _open(self, count: int) -> None:
+        for _ in range(count):
+            self.sequences.append(self._open_one(np.empty(0, dtype=np.int64)))
+        self.real = np.ones((count, 0), dtype=np.bool_)
+
+    def _open_one(self, ids: NDArray[np.int64]) -> Sequence:
+        return self._manager.open_sequence(ids, salt=self._salt, label=self._label)
