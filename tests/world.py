@@ -19,9 +19,7 @@ from tiermem._core import CopyState, Tier
 from tiermem.device.protocol import Device
 from tiermem.device.simulated import SimulatedDevice
 
-LAYOUT = PageLayout(
-    num_layers=2, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16
-)
+LAYOUT = PageLayout(num_layers=2, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16)
 SALTS = (b"", b"tenant")
 MAX_TOKENS = 320
 NUM_PROMPTS = 3
@@ -239,9 +237,7 @@ class World:
                 return prompt[start : start + count]
         return [self.random.randrange(50) for _ in range(count)]
 
-    def run_layer(
-        self, step: Step, layer: int, batch: list[Known], new: list[list[int]]
-    ) -> None:
+    def run_layer(self, step: Step, layer: int, batch: list[Known], new: list[list[int]]) -> None:
         rows = [
             kv_of(k.salt, np.array(tokens), len(k.tokens), layer)
             for k, tokens in zip(batch, new, strict=True)
