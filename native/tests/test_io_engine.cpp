@@ -112,6 +112,49 @@ void test_descriptors_that_cannot_be_read_fail(EngineKind kind) {
   CHECK(memory.is_all(kPoison, 0, kPage));
 }
 
+// The two descriptors lead to different files here, which tells the one that was taken.
+void test_aligned_operations_alone_take_the_direct_descriptor(EngineKind kind) {
+  const auto engine = make_engine(kind);
+  if (!engine) return;
+  const TemporaryPath direct_path("direct");
+  const TemporaryPath buffered_path("buffered");
+  BlockFile::open(direct_path.get(), kFileBytes, OpenMode::create);
+  BlockFile::open(buffered_path.get(), kFileBytes, OpenMode::create);
+  const auto open = [](const TemporaryPath& path) {
+    return FileDescriptor(::open(path.get().c_str(), O_RDWR | O_CLOEXEC));
+  };
+  const auto file = BlockFile::adopt(open(direct_path), open(buffered_path), kFileBytes, "two");
+  const auto direct = BlockFile::adopt({}, open(direct_path), kFileBytes, "direct");
+
+  struct Case {
+    std::size_t offset, address, length, tail_address, tail_length;
+    bool is_direct;
+  };
+  const Case cases[] = {
+      {0, 0, kPage, 0, 0, true},          {kPage, kPage, 2 * kPage, 0, 0, true},
+      {512, 0, kPage, 0, 0, false},       {0, 512, kPage, 0, 0, false},
+      {0, 0, kPage - 512, 0, 0, false},   {kPage, 0, 1, 0, 0, false},
+      {0, 0, kPage, kPage, kPage, true},  {0, 0, kPage, kPage + 512, kPage, false},
+      {0, 0, kPage, kPage, 512, false},   {0, 0, kPage - 512, kPage, kPage + 512, false},
+  };
+  Memory memory(8 * kPage);
+  for (const Case& c : cases) {
+    const std::size_t length = c.length + c.tail_length;
+    memory.poison();
+    Batch batch = one(c.offset, memory.address(c.address), c.length);
+    if (c.tail_length > 0) {
+      batch.tail_addresses.push_back(memory.address(c.tail_address));
+      batch.tail_length = static_cast<std::int64_t>(c.tail_length);
+    }
+    CHECK(run(*engine, IoDirection::write, *file, batch).status == IoStatus::ok);
+    const Batch all = one(c.offset, memory.address(), length);
+    CHECK(run(*engine, IoDirection::read, *direct, all).status == IoStatus::ok);
+    CHECK(memory.is_all(c.is_direct ? kPoison : std::byte{0}, 0, length));
+    std::fill(memory.data(), memory.data() + memory.size(), std::byte{0});
+    CHECK(run(*engine, IoDirection::write, *direct, all).status == IoStatus::ok);
+  }
+}
+
 // A file system may take O_DIRECT at open and refuse every such transfer: EINVAL, as here, where the
 // direct descriptor is a file of the kernel that wants a number and is offered none.
 void test_a_refused_direct_transfer_goes_through_the_page_cache(EngineKind kind) {
@@ -180,13 +223,17 @@ void test_destruction_leaks_what_hangs() {
   if (!engine) return;
   Pipe pipe = make_pipe();
   auto file = BlockFile::adopt({}, std::move(pipe.read_end), kFileBytes, "pipe");
-  const Memory memory(kPage);
-  engine->submit(IoDirection::read, *file, one(0, memory.address(), 3).view());
+  auto memory = std::make_unique<Memory>(kPage);
+  engine->submit(IoDirection::read, *file, one(0, memory->address(), 3).view());
   CHECK(!engine->close(0.01));
   engine.reset();
   file.reset();
-  // The read is still there, and so are its descriptor and its ring: it takes the bytes.
+  // The read is still there, with its descriptor and its ring: it takes the bytes when they come.
   CHECK(::write(pipe.write_end.get(), "abc", 3) == 3);
+  const std::atomic_ref first((*memory)[0]);
+  for (int i = 0; i < 1'000'000 && first.load() == kPoison; ++i) std::this_thread::yield();
+  CHECK(std::memcmp(memory->data(), "abc", 3) == 0);
+  static_cast<void>(memory.release());  // as a caller has to, who cannot know when it ends
 }
 
 void test_a_file_closed_early_stays_open_for_its_operations(EngineKind kind) {
@@ -259,6 +306,7 @@ void test_options_out_of_range() {
 int main() {
   for (const EngineKind kind : kKinds) {
     test_round_trips(kind);
+    test_aligned_operations_alone_take_the_direct_descriptor(kind);
     test_a_full_device_fails_the_write(kind);
     test_descriptors_that_cannot_be_read_fail(kind);
     test_a_refused_direct_transfer_goes_through_the_page_cache(kind);
