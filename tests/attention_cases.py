@@ -146,8 +146,8 @@ def split_pages(case: Case, parts: int) -> list[Case]:
     page_tokens = case.pool.layout.page_tokens
     starts = tables.page_starts
     if starts is None:
-        row = torch.arange(tables.block_table.shape[1], dtype=torch.int32) * page_tokens
-        starts = row.expand(tables.block_table.shape)
+        entries = torch.arange(tables.block_table.shape[1], device=case.q.device)
+        starts = (entries.int() * page_tokens).expand(tables.block_table.shape)
     cases = []
     for part in range(parts):
         table = tables.block_table[:, part::parts].contiguous()

@@ -97,6 +97,16 @@ def test_a_sequence_without_pages_or_rows() -> None:
     cases.check(case, case.run(HOST))
 
 
+@pytest.mark.parametrize("rows", [0, 2])
+def test_an_empty_table(rows: int) -> None:
+    case = make_case(Shape(rows=(rows,), stored=(rows,)), seed=1)
+    none = case.tables.block_table[:, :0].contiguous()
+    counts = torch.zeros(1, dtype=torch.int32)
+    tables = replace(case.tables, block_table=none, num_pages=counts, max_pages=0)
+    out, lse = replace(case, tables=tables).run(HOST)
+    assert out.shape == case.q.shape and (out == 0).all() and (lse == -math.inf).all()
+
+
 @pytest.mark.parametrize("parts", [2, 3, 7])
 @pytest.mark.parametrize("window", [None, 25])
 def test_merged_parts_equal_the_whole(parts: int, window: int | None) -> None:
@@ -201,6 +211,8 @@ def test_wrong_arguments_are_refused() -> None:
         HOST.merge([], [], torch.float32)
     with pytest.raises(TypeError, match="num_pages"):
         _tables_like(case, num_pages=tables.num_pages.long())
+    with pytest.raises(ValueError, match="cpu, meta"):
+        _tables_like(case, kv_end=tables.kv_end.to("meta"))
     with pytest.raises(ValueError, match="block_table"):
         _tables_like(case, block_table=tables.block_table[:, :1])
 

@@ -136,6 +136,21 @@ def test_rows_that_see_nothing(backend: AttentionBackend, seed: int) -> None:
     assert (out[:3] == 0).all() and (lse[:3] == -math.inf).all()
 
 
+@pytest.mark.parametrize("rows", [0, 1, 70])
+def test_an_empty_table(rows: int, backend: AttentionBackend, seed: int) -> None:
+    case = make_case(Shape(rows=(rows,), stored=(rows,), dtype="float16"), seed).to("cuda")
+    none = case.tables.block_table[:, :0].contiguous()
+    tables = replace(
+        case.tables,
+        block_table=none,
+        num_pages=torch.zeros_like(case.tables.num_pages),
+        max_pages=0,
+    )
+    out, lse = replace(case, tables=tables).run(backend)
+    assert out.shape == case.q.shape and lse.shape == case.q.shape[:2]
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
 @pytest.mark.parametrize("rows", [1, 50])
 def test_scores_near_the_fp16_limit(rows: int, backend: AttentionBackend, seed: int) -> None:
     case = make_case(Shape(2, 4, 128, 64, "float16", (rows,), (900,)), seed)

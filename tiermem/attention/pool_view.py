@@ -117,7 +117,7 @@ class PagedTables:
 
     Raises
     ------
-    TypeError, ValueError: a tensor of another dtype or shape.
+    TypeError, ValueError: a tensor of another dtype or shape, or not all on one device.
     """
 
     block_table: torch.Tensor
@@ -139,6 +139,11 @@ class PagedTables:
         _check_vector("kv_end", self.kv_end, batch)
         _check_vector("row_starts", self.row_starts, batch + 1)
         _check_vector("q_start", self.q_start, batch)
+        starts = () if self.page_starts is None else (self.page_starts,)
+        others = (*starts, self.num_pages, self.kv_end, self.row_starts, self.q_start)
+        devices = {tensor.device for tensor in (self.block_table, *others)}
+        if len(devices) > 1:
+            raise ValueError(f"tables on {', '.join(sorted(map(str, devices)))}: must be on one")
 
     @property
     def num_sequences(self) -> int:
