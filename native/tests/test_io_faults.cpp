@@ -97,11 +97,13 @@ void test_failures_among_many_threads_leave_nothing_in_flight() {
     const auto faults = std::make_shared<FaultOps>();
     faults->fail(FileCall::read, first, EIO);
     const auto engine = make_faulty(faults, 4);
-    const Memory slots(kNumSlots * kSlotBytes);
-    const Memory tails(kNumSlots * kTailBytes);
-    const Batch batch = slots_with_tails(slots, tails);
-    const Ticket tickets[] = {engine->submit(IoDirection::read, *file, batch.view()),
-                              engine->submit(IoDirection::read, *file, batch.view())};
+    const Memory slots[] = {Memory(kNumSlots * kSlotBytes), Memory(kNumSlots * kSlotBytes)};
+    const Memory tails[] = {Memory(kNumSlots * kTailBytes), Memory(kNumSlots * kTailBytes)};
+    Ticket tickets[2] = {};
+    for (std::size_t i = 0; i < 2; ++i) {
+      const Batch batch = slots_with_tails(slots[i], tails[i]);
+      tickets[i] = engine->submit(IoDirection::read, *file, batch.view());
+    }
     int num_failed = 0;
     for (const Ticket ticket : tickets) {
       const auto result = engine->wait(ticket, kWaitS);
