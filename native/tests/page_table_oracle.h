@@ -68,6 +68,15 @@ class Oracle {
     return found->second;
   }
 
+  // A copy that has but one page, to try a verb on.
+  Oracle alone(PageId id) const {
+    Oracle other({});
+    other.free = free;
+    other.lowest = lowest;
+    other.pages[id] = pages.at(id);
+    return other;
+  }
+
   void create(PageId id) { pages[id].refs = 1; }
 
   void create_stored(PageId id, int tier, std::int64_t slot) {

@@ -156,7 +156,7 @@ class Run {
   Ids choose(const Verb& verb, int tier) {
     Ids legal;
     for (const PageId id : known()) {
-      Oracle copy = oracle_;
+      Oracle copy = oracle_.alone(id);
       try {
         verb.oracle(copy, id, tier);
         legal.push_back(id);
