@@ -86,9 +86,8 @@ class Core:
 
     def prefetch(self, ids: Ids) -> int:
         """Start bringing pages closer into slots that are free or clean; never waits. How many were started."""
-        ids = np.array([page for page in ids if not self._is_moving(page)], dtype=np.int64)
-        if len(ids) == 0:
-            return 0
+        for tier in Tier:
+            ids = ids[self.table.states(ids, tier) != FILLING]
         tiers = self.best_tiers(ids)
         started = 0
         for src, dst in ((Tier.RAM, Tier.GPU), (Tier.SSD, Tier.RAM)):
@@ -144,7 +143,3 @@ class Core:
         if missing > 0:
             self.room.evict(Tier.RAM, missing)
         return min(count, int(self.table.counts(Tier.RAM).free))
-
-    def _is_moving(self, page: np.int64) -> bool:
-        one = np.array([page], dtype=np.int64)
-        return any(self.table.states(one, tier)[0] == FILLING for tier in Tier)

@@ -74,13 +74,13 @@ class TierManager:
             self._core = build_core(
                 layout, config, model_id, shard, self._device, self._store, self._seal_idle
             )
+            self._publisher = Publisher()
         except BaseException:
             if self._store is not None:
                 self._store.close()
             self._device.close()
             raise
         self._pressure = Pressure(self._device, config.pressure_warning, config.pressure_critical)
-        self._publisher = Publisher()
         self._publisher.publish(self.stats)
 
     def __enter__(self) -> TierManager:
