@@ -340,12 +340,12 @@ class TierManager:
         )
 
     def _write_published(self, store: ColdStore) -> None:
-        """Write every published page that is not on the SSD, parents first, as far as the cap goes."""
+        """Write published pages that are not on the SSD, coldest first; within the cap, the hottest."""
         core = self._core
         pages = core.prefixes.pages()
         self._name_stored(store, pages[core.table.states(pages, Tier.SSD) == VALID])
-        missing = pages[core.table.states(pages, Tier.SSD) != VALID]
-        missing = missing[: core.table.counts(Tier.SSD).slots]
+        missing = self._by_use(pages[core.table.states(pages, Tier.SSD) != VALID])
+        missing = missing[-core.table.counts(Tier.SSD).slots :]
         for src in (Tier.RAM, Tier.GPU):
             missing = core.room.wanted(missing)
             held = missing[core.best_tiers(missing) == src]
@@ -359,6 +359,13 @@ class TierManager:
             for transfer in transfers:
                 if transfer.error is not None:
                     raise transfer.error
+
+    def _by_use(self, pages: Ids) -> Ids:
+        """`pages`, coldest first: the LRU order of the tiers that they are dirty in, RAM before GPU."""
+        table = self._core.table
+        warm, hot = (table.coldest_dirty(t, table.counts(t).dirty) for t in (Tier.RAM, Tier.GPU))
+        ordered = np.concatenate([warm, np.setdiff1d(pages, np.concatenate([warm, hot])), hot])
+        return ordered[np.isin(ordered, pages)]
 
     def _name_stored(self, store: ColdStore, pages: Ids) -> None:
         """Pages that were spilled before they had a name get it."""
