@@ -274,7 +274,7 @@ def test_layers_out_of_order_or_missing_undo_the_step(manager: TierManager) -> N
     sequence = manager.open_sequence()
     kv = torch.zeros(2, 1, LAYOUT.head_dim)
     with (
-        pytest.raises(TierMemError, match="append of layer 1: .* due is layer 0"),
+        pytest.raises(TierMemError, match=r"append of layer 1: .* due is layer 0"),
         manager.step([sequence], new_tokens=2) as step,
     ):
         step.append(1, kv, kv)

@@ -15,7 +15,14 @@ import torch
 from test_manager import config, grow
 from world import LAYOUT, kv_of
 
-from tiermem import ConfigError, CorruptPageError, PageLayout, TierConfig, TierManager
+from tiermem import (
+    ConfigError,
+    CorruptPageError,
+    PageLayout,
+    Sequence,
+    TierConfig,
+    TierManager,
+)
 from tiermem._core import Tier
 from tiermem.store_format import (
     TRAILER_BYTES,
@@ -131,6 +138,14 @@ def test_pages_spilled_before_they_were_named_are_found_after_a_restart(tmp_path
 # ---- damage ------------------------------------------------------------------------------------------
 
 
+def one_step(manager: TierManager, sequence: Sequence) -> None:
+    kv = torch.zeros(1, 1, LAYOUT.head_dim)
+    with manager.step([sequence]) as step:
+        for layer in range(LAYOUT.num_layers):
+            step.append(layer, kv, kv)
+            step.attend(layer, kv)
+
+
 def damage(path: Path, offset: int) -> None:
     with (path / "slots").open("r+b") as file:
         file.seek(offset)
@@ -152,11 +167,8 @@ def test_a_flipped_bit_is_never_served(where: int, gpu: int, tmp_path: Path) -> 
     with TierManager(LAYOUT, config(gpu, 0, 20, path)) as manager:
         sequence = manager.open_sequence(TOKENS)
         assert sequence.num_tokens == len(TOKENS)
-        kv = torch.zeros(1, 1, LAYOUT.head_dim)
-        with pytest.raises(CorruptPageError), manager.step([sequence]) as step:
-            for layer in range(LAYOUT.num_layers):
-                step.append(layer, kv, kv)
-                step.attend(layer, kv)
+        with pytest.raises(CorruptPageError):
+            one_step(manager, sequence)
         assert sequence.num_tokens == len(TOKENS)
         assert manager.stats().corrupt_pages > 0
         sequence.close()

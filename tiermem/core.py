@@ -56,6 +56,11 @@ class Core:
             )
         return tiers
 
+    def touch(self, ids: Ids) -> None:
+        """Pages of one chain, in its order, are used now: parents stay hotter than their children."""
+        self.table.touch(ids[::-1].copy())
+        self.prefixes.note_use(ids)
+
     def settle_filling(self, ids: Ids, tier: Tier) -> None:
         """Wait until no copy of `ids` in `tier` is on its way."""
         while len(ids) and (self.table.states(ids, tier) == FILLING).any():

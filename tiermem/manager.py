@@ -140,7 +140,7 @@ class TierManager:
         keys = core.prefixes.chain(root, np.array(ids[:limit], dtype=np.int64))
         pages = core.prefixes.match(keys)
         core.table.add_ref(pages)
-        core.table.touch(pages[::-1].copy())
+        core.touch(pages)
         attached = len(pages) * self.layout.page_tokens
         self._counts["prompt_tokens"] += len(ids)
         self._counts["attached_tokens"] += attached
@@ -344,28 +344,29 @@ class TierManager:
         core = self._core
         pages = core.prefixes.pages()
         self._name_stored(store, pages[core.table.states(pages, Tier.SSD) == VALID])
-        missing = self._by_use(pages[core.table.states(pages, Tier.SSD) != VALID])
-        missing = missing[-core.table.counts(Tier.SSD).slots :]
-        for src in (Tier.RAM, Tier.GPU):
-            missing = core.room.wanted(missing)
-            held = missing[core.best_tiers(missing) == src]
-            core.table.pin(held, src)
-            try:
-                room = core.room.gain(Tier.SSD, len(held))
-                transfers = core.mover.submit(core.room.wanted(held)[:room], src, Tier.SSD)
-            finally:
-                core.table.unpin(held, src)
-            core.in_flight.wait_for(transfers)
-            for transfer in transfers:
-                if transfer.error is not None:
-                    raise transfer.error
+        kept = core.prefixes.pages()[-core.table.counts(Tier.SSD).slots :]
+        on_ssd = core.table.states(kept, Tier.SSD) == VALID
+        core.table.pin(kept[on_ssd], Tier.SSD)  # they stay; what is colder makes way
+        try:
+            for src in (Tier.RAM, Tier.GPU):
+                self._write_from(src, core.room.wanted(kept[~on_ssd]))
+        finally:
+            core.table.unpin(kept[on_ssd], Tier.SSD)
 
-    def _by_use(self, pages: Ids) -> Ids:
-        """`pages`, coldest first: the LRU order of the tiers that they are dirty in, RAM before GPU."""
-        table = self._core.table
-        warm, hot = (table.coldest_dirty(t, table.counts(t).dirty) for t in (Tier.RAM, Tier.GPU))
-        ordered = np.concatenate([warm, np.setdiff1d(pages, np.concatenate([warm, hot])), hot])
-        return ordered[np.isin(ordered, pages)]
+    def _write_from(self, src: Tier, pages: Ids) -> None:
+        """Write those of `pages` whose hottest copy is in `src`, and wait."""
+        core = self._core
+        held = pages[core.best_tiers(pages) == src]
+        core.table.pin(held, src)
+        try:
+            room = core.room.gain(Tier.SSD, len(held))
+            transfers = core.mover.submit(core.room.wanted(held)[:room], src, Tier.SSD)
+        finally:
+            core.table.unpin(held, src)
+        core.in_flight.wait_for(transfers)
+        for transfer in transfers:
+            if transfer.error is not None:
+                raise transfer.error
 
     def _name_stored(self, store: ColdStore, pages: Ids) -> None:
         """Pages that were spilled before they had a name get it."""

@@ -137,7 +137,8 @@ class Planner:
         self._core.settle_filling(old, Tier.GPU)
         tiers = self._core.best_tiers(old)
         self._plan.reads = {tier: int((tiers == tier).sum()) for tier in Tier}
-        self._table.touch(old)
+        for sequence in sequences:
+            self._core.touch(sequence.pages)
         for sequence, count in zip(sequences, new_tokens, strict=True):
             self._plan.shares.append(self._outline(sequence, count, row))
             row += count

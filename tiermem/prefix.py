@@ -17,6 +17,9 @@ from tiermem.pools import NO_SLOT, Ids, Tier
 from tiermem.store import ColdStore
 from tiermem.store_format import KEY_BYTES, PageName
 
+INDEX_MASK = 2**32 - 1
+"""The lower half of a page id: small numbers, used again by later pages."""
+
 
 class Prefixes:
     """The prefix index of one manager, kept in step with the page table and the store."""
@@ -36,6 +39,8 @@ class Prefixes:
             layout.fingerprint(), model_id.encode(), shard[0].to_bytes(4, "little"),
             shard[1].to_bytes(4, "little"),
         ]  # fmt: skip
+        self._clock = 0
+        self._last_use = np.zeros(0, dtype=np.int64)
         if store is not None:
             self._adopt(store)
 
@@ -71,6 +76,7 @@ class Prefixes:
             above = keys[i - 1] if i else parent
             if self._index.insert(above, keys[i], int(pages[i]), position + int(i)):
                 self._table.publish(pages[i : i + 1])
+        self.note_use(pages)
 
     def names_of(self, ids: Ids) -> list[PageName | None]:
         """What each page is called; None for one without a name."""
@@ -83,8 +89,19 @@ class Prefixes:
         ]
 
     def pages(self) -> Ids:
-        """Every published page, parents before their children."""
-        return self._index.pages()
+        """Every published page, least recently used first, children before their parents."""
+        leaf_first = self._index.pages()[::-1]
+        return leaf_first[np.argsort(self._last_use[leaf_first & INDEX_MASK], kind="stable")]
+
+    def note_use(self, ids: Ids) -> None:
+        """These pages are used now. Kept for pages without a name too: they may get one."""
+        places = ids & INDEX_MASK
+        if len(places) and int(places.max()) >= len(self._last_use):
+            grown = np.zeros(2 * int(places.max()) + 1024, dtype=np.int64)
+            grown[: len(self._last_use)] = self._last_use
+            self._last_use = grown
+        self._clock += 1
+        self._last_use[places] = self._clock
 
     # ---- forgetting --------------------------------------------------------------------------------
 
@@ -110,6 +127,7 @@ class Prefixes:
     def _adopt(self, store: ColdStore) -> None:
         stored = store.stored
         ids = self._table.create_stored(Tier.SSD, stored.slots)
+        self.note_use(ids)
         orphans = self._index.insert_many(stored.parents, stored.keys, ids, stored.positions)
         self._unpublish(orphans)
 

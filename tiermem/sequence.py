@@ -221,6 +221,7 @@ class Sequence:
 
     def _release(self, pages: Ids) -> None:
         """Tail first, so that leaves are older than their parents in every LRU list."""
+        self._core.prefixes.note_use(pages)
         self._core.table.release(pages[::-1].copy())
 
     def _publish_full_pages(self) -> None:
