@@ -17,7 +17,7 @@ void bind_fault_ops(nb::module_& module) {
       .value("ALLOCATE", tiermem::FileCall::allocate)
       .value("SYNC", tiermem::FileCall::sync);
 
-  nb::class_<FaultOps>(module, "FaultOps")
+  nb::class_<FaultOps>(module, "FaultOps", nb::is_final())
       .def(nb::new_([] { return std::make_shared<FaultOps>(); }))
       .def("fail", &FaultOps::fail, "call"_a, "first"_a, "error"_a, "count"_a = 1)
       .def("shorten", &FaultOps::shorten, "call"_a, "first"_a, "num_bytes"_a, "count"_a = 1)

@@ -83,7 +83,7 @@ void bind_block_file(nb::module_& module) {
       .value("EXISTING", tiermem::OpenMode::existing)
       .value("CREATE", tiermem::OpenMode::create);
 
-  nb::class_<BlockFile>(module, "BlockFile")
+  nb::class_<BlockFile>(module, "BlockFile", nb::is_final())
       .def(nb::new_(&open_file), "path"_a, "size_bytes"_a, "mode"_a, nb::kw_only(),
            "faults"_a = nb::none())
       .def_prop_ro("path", [](const BlockFile& file) { return text_of(file.path()); })
@@ -174,7 +174,7 @@ void bind_io_values(nb::module_& module) {
       .value("OK", tiermem::IoStatus::ok)
       .value("FAILED", tiermem::IoStatus::failed);
 
-  nb::class_<IoResult>(module, "IoResult")
+  nb::class_<IoResult>(module, "IoResult", nb::is_final())
       .def_ro("status", &IoResult::status)
       .def_ro("errno", &IoResult::error)
       .def_ro("message", &IoResult::message)
@@ -183,7 +183,7 @@ void bind_io_values(nb::module_& module) {
             .format(result.status, result.error, result.message);
       });
 
-  nb::class_<tiermem::IoCounters>(module, "IoCounters")
+  nb::class_<tiermem::IoCounters>(module, "IoCounters", nb::is_final())
       .def_ro("bytes_read", &tiermem::IoCounters::bytes_read)
       .def_ro("bytes_written", &tiermem::IoCounters::bytes_written)
       .def_ro("reads", &tiermem::IoCounters::reads)
@@ -194,7 +194,7 @@ void bind_io_values(nb::module_& module) {
 
 void bind_io_engine(nb::module_& module) {
   using tiermem::IoDirection;
-  nb::class_<IoEngine>(module, "IoEngine")
+  nb::class_<IoEngine>(module, "IoEngine", nb::is_final())
       .def(nb::new_(&make_engine), "kind"_a = tiermem::EngineKind::automatic, "queue_depth"_a = 64,
            "num_threads"_a = 4, nb::kw_only(), "faults"_a = nb::none())
       .def_prop_ro("kind", &IoEngine::kind)
@@ -222,9 +222,7 @@ void bind_io_engine(nb::module_& module) {
 
 void bind_io(nb::module_& module) {
   nb::register_exception_translator(&raise_os_errors);
-  bind_fault_ops(module);
   bind_block_file(module);
   bind_io_values(module);
   bind_io_engine(module);
-  bind_checksum(module);
 }

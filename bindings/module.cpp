@@ -29,5 +29,7 @@ NB_MODULE(_core, module) {
   map_errors();
   bind_page_table(module);
   bind_prefix_index(module);
+  bind_fault_ops(module);
   bind_io(module);
+  bind_checksum(module);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -265,6 +266,30 @@ def test_a_waits_deadline_passes_while_an_operation_hangs(
     faults.release()
     finish(faulty, ticket)
     assert np.all(data == 0)
+
+
+class AlarmError(Exception):
+    """Raised by a signal handler."""
+
+
+def test_a_signal_ends_a_wait_at_once(faulty: IoEngine, faults: FaultOps, file: BlockFile) -> None:
+    def ring(number: int, frame: object) -> None:
+        raise AlarmError
+
+    faults.hold(FileCall.READ, first=1)
+    data = memory(PAGE)
+    ticket = faulty.submit_read(file, numbers(0), numbers(data.ctypes.data), numbers(PAGE))
+    former = signal.signal(signal.SIGALRM, ring)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(AlarmError):
+            faulty.wait(ticket, WAIT_S)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    assert faulty.poll(ticket).status is IoStatus.PENDING
+    faults.release()
+    finish(faulty, ticket)
 
 
 def test_close_gives_up_on_a_hanging_operation(
