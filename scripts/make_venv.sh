@@ -25,19 +25,20 @@ sys.exit(tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 11))
 PYTHON
 }
 
+# The interpreter's full path: once $venv is there, its own programs come first.
 choose_python() {
   if [ -n "${PYTHON:-}" ]; then
     runs "$PYTHON" || fail "PYTHON=$PYTHON: must be Python 3.10 to 3.13"
-    echo "$PYTHON"
+    command -v "$PYTHON"
     return
   fi
   if runs python3 && has_torch python3; then
-    echo python3
+    command -v python3
     return
   fi
   for candidate in python3.11 python3 python3.12 python3.13 python3.10; do
     if runs "$candidate"; then
-      echo "$candidate"
+      command -v "$candidate"
       return
     fi
   done
@@ -85,11 +86,13 @@ for line in open("constraints.txt"):
     if line.split("==")[0].strip().lower() not in there:
         print(line, end="")
 PYTHON
-  if $pip install -q -c "$pins" scikit-build-core nanobind $(build_tools) &&
-    $pip install -q -c "$pins" --no-build-isolation -e ".[$extras]"; then
+  if {
+    $pip install -q -c "$pins" scikit-build-core nanobind $(build_tools) &&
+      $pip install -q -c "$pins" --no-build-isolation -e ".[$extras]"
+  } 2>"$venv/pip.log"; then
     return
   fi
-  say "no package index within reach: building with what $python has"
+  say "no package index has all that is missing ($venv/pip.log); building with what $python has"
   $pip install -q --no-build-isolation --no-deps -e .
 }
 
