@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
+from hypothesis import settings
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "gpu: needs a GPU; skipped, with the reason, where none is usable"
-    )
+# A busy machine is slow, not wrong: pytest's own timeout ends what hangs.
+settings.register_profile("tiermem", deadline=None)
+settings.load_profile("tiermem")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
