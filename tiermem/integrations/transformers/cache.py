@@ -201,11 +201,9 @@ class TieredCache(Cache):
 
     def call_begins(self, arguments: Mapping[str, object]) -> None:
         """The model is called; if it is with this cache, open a step and take over the attention."""
-        if not self._closed:
-            self._settle()
+        self._settle()
         if arguments.get("past_key_values") is not self:
             return
-        self._check_open()
         if self._model_config.output_attentions:
             raise ConfigError("output_attentions=True: TieredCache never has the attention weights")
         call = Call.read(arguments)
@@ -269,13 +267,12 @@ def _open_manager(attention: ModelAttention, config: TierConfig, model_id: str) 
     """A manager on the model's device."""
     if not isinstance(config, TierConfig):
         raise TypeError(f"config: must be a TierConfig, not {type(config).__name__}")
-    wanted = str(attention.device) if config.device == "auto" else config.device
-    device, _ = open_device(wanted)
-    if device.torch_device != attention.device:
-        device.close()
+    place = attention.device
+    if config.device not in {"auto", place.type, str(place)}:
         raise ConfigError(
-            f"device={config.device!r}: the model is on {attention.device}; must be 'auto' or its device"
+            f"device={config.device!r}: the model is on {place}; must be 'auto' or '{place}'"
         )
+    device, _ = open_device(str(place))
     return TierManager(attention.layout, config, model_id, device=device)
 
 

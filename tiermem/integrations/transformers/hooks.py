@@ -27,6 +27,7 @@ class Hooks:
     def __init__(self, model: PreTrainedModel, listener: Listener) -> None:
         self._listener = weakref.ref(listener)
         self._signature = inspect.signature(model.forward)
+        self._rest = _name_of_rest(self._signature)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -47,8 +48,8 @@ class Hooks:
         if listener is None:
             return
         bound = self._signature.bind_partial(*args, **kwargs).arguments
-        extra = bound.pop("kwargs", {})
-        listener.call_begins({**bound, **extra})
+        rest = bound.pop(self._rest, {})
+        listener.call_begins({**bound, **rest})
 
     def _after(
         self,
@@ -65,6 +66,12 @@ class Hooks:
             listener.call_fails()
         else:
             listener.call_ends()
+
+
+def _name_of_rest(signature: inspect.Signature) -> str:
+    """What the forward calls its arguments of other names; empty where it takes none."""
+    kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+    return kinds.get(inspect.Parameter.VAR_KEYWORD, "")
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

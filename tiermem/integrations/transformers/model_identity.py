@@ -8,8 +8,8 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-SAMPLES_PER_PARAMETER = 256
-"""Values of each parameter that enter the name: enough for any training step to show, and quick to read."""
+SAMPLES_PER_TENSOR = 256
+"""Values of each tensor that enter the name: enough for any training step to show, and quick to read."""
 
 IGNORED_KEYS = frozenset({
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_commit_hash",
@@ -22,28 +22,30 @@ IGNORED_KEYS = frozenset({
 def model_identity(model: PreTrainedModel) -> str:
     """64 hexadecimal digits over the configuration and the weights, the same in every process.
 
-    The weights enter with names, shapes, dtypes and a fixed sample of values of each parameter, read once: a
-    model that is changed afterwards needs another id. Without the output matrix and heads on top: they do not
-    change K and V.
+    The weights enter with names, shapes, dtypes and a fixed sample of values of each tensor, read once: a model
+    that is changed afterwards needs another id. Without the output matrix and heads on top: they do not change
+    K and V.
     """
     digest = hashlib.sha256(b"tiermem-model-1")
     config = {
         key: value for key, value in model.config.to_dict().items() if key not in IGNORED_KEYS
     }
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(model.base_model.named_parameters()):
-        digest.update(f"\n{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(_sample_bytes(parameter))
+    for name, tensor in sorted(model.base_model.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):  # quantized modules keep other things beside them
+            digest.update(f"\n{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(_sample_bytes(tensor))
     return digest.hexdigest()
 
 
-def _sample_bytes(parameter: torch.Tensor) -> bytes:
+def _sample_bytes(tensor: torch.Tensor) -> bytes:
     """The bytes of evenly spread values, first and last included."""
-    values = parameter.detach().reshape(-1)
-    count = min(values.numel(), SAMPLES_PER_PARAMETER)
+    values = tensor.detach().reshape(-1)
+    count = min(values.numel(), SAMPLES_PER_TENSOR)
     if count == 0:
         return b""
     last = values.numel() - 1
     places = [i * last // max(count - 1, 1) for i in range(count)]
-    chosen = values[torch.tensor(places, device=values.device)].cpu().contiguous()
-    return bytes(chosen.view(torch.uint8).numpy())
+    # as bytes: not every dtype can be indexed
+    rows = values.contiguous().view(torch.uint8).view(-1, values.element_size())
+    return rows[torch.tensor(places, device=rows.device)].cpu().numpy().tobytes()

@@ -39,13 +39,14 @@ class Rows:
     # ---- growing -----------------------------------------------------------------------------------
 
     def fit(self, call: Call) -> None:
-        """Open sequences for the rows of `call`, if there are none yet.
+        """Open sequences for the rows of `call`, if nothing is stored yet.
 
         Raises
         ------
         ValueError: another number of rows than before, or a mask that contradicts what is stored.
         """
-        if not self.sequences:
+        if self.columns == 0 and call.rows != len(self.sequences):
+            self.reset()
             self._open(call.rows)
         if call.rows != len(self.sequences):
             raise ValueError(
@@ -69,11 +70,11 @@ class Rows:
 
     def advance(self, call: Call) -> None:
         """A step has stored the tokens of `call`: count its columns and name its tokens."""
-        for row, sequence in enumerate(self.sequences):
-            real = call.real[row]
-            if call.ids is not None and self._placed_as_stored(call, row):
-                sequence.record(call.ids[row][real])
+        named = [row for row in range(call.rows) if self._placed_as_stored(call, row)]
         self.real = np.concatenate([self.real, call.real], axis=1)
+        if call.ids is not None:
+            for row in named:
+                self.sequences[row].record(call.ids[row][call.real[row]])
 
     def _placed_as_stored(self, call: Call, row: int) -> bool:
         """Whether all tokens before are named, and the model counted each new one's position as tiermem does.
