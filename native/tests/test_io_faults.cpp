@@ -76,6 +76,15 @@ void test_interrupted_and_short_transfers_move_every_byte() {
     plan_harmless_faults(*faults, random);
     Ticket ticket = engine->submit(IoDirection::write, *file, batch.view());
     CHECK(engine->wait(ticket, kWaitS).status == IoStatus::ok);
+    // Tails lie behind their slots: one read takes both.
+    Memory both(kFileBytes);
+    ticket = engine->submit(IoDirection::read, *file, one(0, both.address(), kFileBytes).view());
+    CHECK(engine->wait(ticket, kWaitS).status == IoStatus::ok);
+    for (std::size_t i = 0; i < kNumSlots; ++i) {
+      const std::byte* place = both.data() + i * (kSlotBytes + kTailBytes);
+      CHECK(std::memcmp(place, &slots[i * kSlotBytes], kSlotBytes) == 0);
+      CHECK(std::memcmp(place + kSlotBytes, &tails[i * kTailBytes], kTailBytes) == 0);
+    }
     slots.poison();
     tails.poison();
     ticket = engine->submit(IoDirection::read, *file, batch.view());
@@ -84,9 +93,9 @@ void test_interrupted_and_short_transfers_move_every_byte() {
     CHECK(std::memcmp(tails.data(), tails_before.data(), tails.size()) == 0);
   }
   const auto counters = engine->counters();
-  CHECK(counters.bytes_read == 20 * kFileBytes);
+  CHECK(counters.bytes_read == 2 * 20 * kFileBytes);
   CHECK(counters.bytes_written == 20 * kFileBytes);
-  CHECK(counters.reads == 20 * kNumSlots);
+  CHECK(counters.reads == 20 * (kNumSlots + 1));
   CHECK(counters.errors == 0);
 }
 
@@ -135,6 +144,28 @@ void test_the_second_operation_runs_while_the_first_hangs() {
   CHECK(engine->wait(hanging, kWaitS).status == IoStatus::ok);
   releaser.join();
   CHECK(memory.is_all(std::byte{0}, 0, 2 * kPage));
+}
+
+// The ticket has failed, but one of its operations still uses the memory and the file.
+void test_a_failed_ticket_is_pending_while_an_operation_hangs() {
+  const TemporaryPath path("both");
+  const auto faults = std::make_shared<FaultOps>();
+  auto file = BlockFile::open(path.get(), kFileBytes, OpenMode::create);
+  const auto engine = make_faulty(faults, 2);
+  const Memory memory(2 * kPage);
+  faults->hold(FileCall::read, 1);
+  faults->fail(FileCall::read, 2, EIO);
+  Batch batch = one(0, memory.address(), kPage);
+  batch.add(kPage, memory.address(kPage), kPage);
+  const Ticket ticket = engine->submit(IoDirection::read, *file, batch.view());
+  file.reset();
+  CHECK(faults->wait_held(1, kWaitS));
+  while (engine->counters().in_flight > 1) std::this_thread::yield();
+  CHECK(engine->poll(ticket).status == IoStatus::pending);
+  CHECK(engine->wait(ticket, 0.02).status == IoStatus::pending);
+  faults->release();
+  CHECK(engine->wait(ticket, kWaitS).error == EIO);
+  CHECK(memory.is_all(std::byte{0}, 0, kPage) != memory.is_all(std::byte{0}, kPage, 2 * kPage));
 }
 
 void test_destruction_leaves_a_hanging_worker_behind() {
@@ -197,6 +228,7 @@ int main() {
   test_interrupted_and_short_transfers_move_every_byte();
   test_failures_among_many_threads_leave_nothing_in_flight();
   test_the_second_operation_runs_while_the_first_hangs();
+  test_a_failed_ticket_is_pending_while_an_operation_hangs();
   test_destruction_leaves_a_hanging_worker_behind();
   test_growth_that_fails_is_undone();
   return tiermem_test::report("io_faults");
