@@ -13,7 +13,7 @@ import pytest
 import torch
 from attention_cases import Shape, make_case
 
-from tiermem.attention import SlotHolds
+from tiermem.attention import ProductMath, SlotHolds
 from tiermem.attention.kernels.backend import TritonBackend
 from tiermem.attention.reference import ReferenceBackend
 
@@ -31,6 +31,14 @@ def test_decode(dtype: str, page_tokens: int) -> None:
     shape = Shape(dtype=dtype, page_tokens=page_tokens, kv_heads=1, rows=(1, 1), stored=(1, 99))
     case = make_case(shape, seed=page_tokens)
     cases.check(case, case.run(_backend()))
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (3, 30)])
+def test_widened_products_lose_nothing_to_half_precision(rows: tuple[int, int]) -> None:
+    shape = Shape(dtype="float16", kv_heads=2, rows=rows, stored=(70, 99))
+    case = make_case(shape, seed=rows[1])
+    backend = TritonBackend((9, 0), 2, ProductMath.FLOAT32)
+    cases.check(case, case.run(backend, torch.float32), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 256])

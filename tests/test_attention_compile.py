@@ -38,12 +38,15 @@ class Variant:
     dtype: torch.dtype = torch.float16
     has_starts: bool = False
     has_window: bool = False
+    widen: bool = False
 
 
 DECODE = Variant(page_tokens=16, has_window=True)
 PREFILL = Variant(items=3584)
 EVERYWHERE = [DECODE, PREFILL, Variant(items=3584, page_tokens=16, has_starts=True)]
 MORE = [
+    Variant(items=7, widen=True),
+    Variant(items=3584, widen=True),
     Variant(head_dim=64, items=56),
     Variant(head_dim=80, page_tokens=32, items=8),
     Variant(head_dim=256, page_tokens=16, items=8),
@@ -78,7 +81,8 @@ def _compile(
 
 def _compile_attend(variant: Variant, capability: tuple[int, int]) -> Any:
     head_block = tiles.next_power_of_2(variant.head_dim)
-    tile = tiles.attend_tile(capability, head_block, variant.dtype.itemsize, variant.items)
+    item_bytes = 4 if variant.widen else variant.dtype.itemsize
+    tile = tiles.attend_tile(capability, head_block, item_bytes, variant.items)
     item = "*" + TRITON_NAME[variant.dtype]
     tables = ("block_table", "page_starts", "num_pages", "kv_end", "row_starts", "q_start")
     strides = ("q_row_stride", "q_head_stride", "table_stride", "starts_stride")
@@ -104,6 +108,7 @@ def _compile_attend(variant: Variant, capability: tuple[int, int]) -> Any:
         "NUM_STAGES": tile.num_stages,
         "HAS_STARTS": variant.has_starts,
         "HAS_WINDOW": variant.has_window,
+        "WIDEN": variant.widen,
     }
     assert list(arguments) == attend_pages.arg_names
     return _compile(attend_pages, arguments, capability, tile.num_warps)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from attention_cases import LAYER, Case, Shape, make_case
 
-from tiermem.attention import PoolView, SlotHolds, backend_for
+from tiermem.attention import PoolView, ProductMath, SlotHolds, backend_for
 from tiermem.attention.backend import AttentionBackend
 from tiermem.attention.reference import ReferenceBackend
 from tiermem.layout import PageLayout
@@ -121,6 +121,20 @@ def test_the_tiles_of_every_capability(
 
     shape = Shape(2, 7, 128, 32, "float16", (rows,), (777,))
     _run_and_check(shape, seed, TritonBackend(capability, num_sms))
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_widened_products_lose_nothing_to_half_precision(
+    rows: int, dtype: str, num_sms: int, seed: int
+) -> None:
+    shape = Shape(dtype=dtype, kv_heads=2, rows=(rows,), stored=(500,))
+    from tiermem.attention.kernels.backend import TritonBackend
+
+    case = make_case(shape, seed).to("cuda")
+    capability = torch.cuda.get_device_capability(0)
+    widened = TritonBackend(capability, num_sms, ProductMath.FLOAT32)
+    cases.check(case, case.run(widened, torch.float32), tolerance=1e-5)
 
 
 def test_rows_that_see_nothing(backend: AttentionBackend, seed: int) -> None:

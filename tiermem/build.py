@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 
 from tiermem import _core
-from tiermem.attention.backend import backend_for
-from tiermem.attention.pool_view import TORCH_DTYPES, PoolView
-from tiermem.config import TierConfig
+from tiermem.attention.backend import AttentionBackend, backend_for
+from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, ProductMath
+from tiermem.config import AttentionMath, TierConfig
 from tiermem.core import Core
 from tiermem.device.protocol import Device, Memory
 from tiermem.errors import ConfigError
@@ -29,6 +29,7 @@ from tiermem.units import Size, SizeKind, format_bytes
 
 log = logging.getLogger("tiermem")
 
+MATH = {AttentionMath.AUTO: ProductMath.STORED, AttentionMath.FLOAT32: ProductMath.FLOAT32}
 SHRINK = 0.9
 """A pool whose size was not given in bytes is tried again at this share of it when memory is refused."""
 
@@ -48,6 +49,7 @@ def build_core(
     ------
     ConfigError: an explicit size does not fit, or no page does; everything allocated here is given back.
     """
+    backend = _backend(layout, config, device)
     with contextlib.ExitStack() as undo:
         ring_pages = _ring_pages(layout, config)
         hot_pool = _hot_pool(layout, config, device, NUM_HALVES * ring_pages * layout.layer_bytes)
@@ -79,7 +81,6 @@ def build_core(
     )
     marks = {tier: _watermarks(config, count) for tier, count in slots.items()}
     room = Room(table, in_flight, mover, prefixes, marks, seal_idle)
-    backend = backend_for(device.torch_device, device.compute_capability, layout.dtype)
     return Core(layout, device, backend, table, in_flight, pools, hot, prefixes, mover, room, ring)
 
 
@@ -101,6 +102,14 @@ def open_store(layout: PageLayout, config: TierConfig) -> ColdStore | None:
             f"{str(config.ssd_path)!r}"
         )
     return ColdStore(config.ssd_path, layout, wanted, config.io_engine.value, config.io_timeout_s)
+
+
+def _backend(layout: PageLayout, config: TierConfig, device: Device) -> AttentionBackend:
+    math = MATH[config.attention_math]
+    try:
+        return backend_for(device.torch_device, device.compute_capability, layout.dtype, math)
+    except ValueError as error:
+        raise ConfigError(f"device={config.device!r}: {error}") from error
 
 
 def _ring_pages(layout: PageLayout, config: TierConfig) -> int:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from tiermem.attention.backend import AttentionBackend, backend_for
 from tiermem.attention.host import HostBackend
-from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView, SlotHolds
+from tiermem.attention.pool_view import (
+    TORCH_DTYPES,
+    PagedTables,
+    PoolView,
+    ProductMath,
+    SlotHolds,
+)
 
 __all__ = [
     "TORCH_DTYPES",
@@ -12,6 +18,7 @@ __all__ = [
     "HostBackend",
     "PagedTables",
     "PoolView",
+    "ProductMath",
     "SlotHolds",
     "backend_for",
 ]

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from tiermem.attention.host import HostBackend
-from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView
+from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView, ProductMath
 
 OLDEST_CAPABILITY = (7, 5)
 """Compute capability of the T4, the oldest GPU that tiermem's kernels are built for."""
@@ -93,7 +93,10 @@ class AttentionBackend(Protocol):
 
 
 def backend_for(
-    torch_device: torch.device, compute_capability: tuple[int, int] | None, dtype: str
+    torch_device: torch.device,
+    compute_capability: tuple[int, int] | None,
+    dtype: str,
+    math: ProductMath = ProductMath.STORED,
 ) -> AttentionBackend:
     """The backend for a device and a dtype of K and V.
 
@@ -102,6 +105,7 @@ def backend_for(
     torch_device: "cpu" or "cuda"; Triton is imported for "cuda" alone.
     compute_capability: of the GPU, (7, 5) or later; not looked at for the CPU.
     dtype: the layout's.
+    math: what a GPU multiplies; the CPU multiplies float32 always.
 
     Raises
     ------
@@ -125,4 +129,4 @@ def backend_for(
     from tiermem.attention.kernels.backend import TritonBackend
 
     properties = torch.cuda.get_device_properties(torch_device)
-    return TritonBackend(compute_capability, properties.multi_processor_count)
+    return TritonBackend(compute_capability, properties.multi_processor_count, math)

@@ -26,6 +26,15 @@ class SlotHolds(enum.Enum):
     """One layer's slice of a page, as in a staging ring: whichever layer is asked for starts the slot."""
 
 
+class ProductMath(enum.Enum):
+    """What attention multiplies; sums and softmax are float32 always."""
+
+    STORED = "stored"
+    """Operands as they are stored: half precision runs on tensor cores where there are any."""
+    FLOAT32 = "float32"
+    """Operands widened to float32 first: slower, without the rounding of the softmax's weights to half."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolView:
     """K and V pages in slots of one size, as a kernel sees them.

@@ -98,6 +98,7 @@ def _sweep(
     NUM_STAGES: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Fold the tiles of BLOCK_N tokens from tile_start to tile_end into the running softmax.
@@ -127,6 +128,9 @@ def _sweep(
         k = _load_tokens(k_ptr, there, dims, HEAD_DIM, HEAD_BLOCK, MASKED)
         v_ptr = k_ptr + KV_HEADS * PAGE_TOKENS * HEAD_DIM
         v = _load_tokens(v_ptr, there, dims, HEAD_DIM, HEAD_BLOCK, MASKED)
+        if WIDEN:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
         seen = there[None, :] & (tokens[None, :] <= positions[:, None])
         if HAS_WINDOW:
             seen = seen & (tokens[None, :] > positions[:, None] - window)
@@ -226,13 +230,15 @@ def attend_pages(
     NUM_STAGES: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """Attend one tile of BLOCK_M items (row, query head of the group) over one split of what they see.
 
     Grid: sequences * num_tiles * num_splits * KV_HEADS, the head fastest: neighbours then read
     neighbouring parts of the same page. Output is (num_splits, num_rows, KV_HEADS * GROUP, HEAD_DIM) and
     lse (num_splits, num_rows, KV_HEADS * GROUP), natural logarithm; 0 and -inf where nothing is seen.
-    `scale_log2` is the scale times log2(e). See PagedTables for what a row sees.
+    `scale_log2` is the scale times log2(e). With WIDEN products are of float32 operands, whatever is stored.
+    See PagedTables for what a row sees.
     """
     program = tl.program_id(0)
     kv_head = program % KV_HEADS
@@ -261,6 +267,8 @@ def attend_pages(
         mask=mine,
         other=0.0,
     )
+    if WIDEN:
+        queries = queries.to(tl.float32)
 
     positions = q_start + rows
     first_position = q_start + first_item // GROUP
@@ -283,20 +291,20 @@ def attend_pages(
             queries, peak, total, weighted, tile_start, whole_start, head_ptr, table_ptr, starts_ptr,
             slot_items, num_pages, positions, seen_start, seen_end, window, scale_log2,
             KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
-            NUM_STAGES if HAS_STARTS else 1, HAS_STARTS, HAS_WINDOW, True,
+            NUM_STAGES if HAS_STARTS else 1, HAS_STARTS, HAS_WINDOW, WIDEN, True,
         )  # fmt: skip
     if not HAS_STARTS:
         peak, total, weighted = _sweep(
             queries, peak, total, weighted, whole_start, whole_end, head_ptr, table_ptr, starts_ptr,
             slot_items, num_pages, positions, seen_start, seen_end, window, scale_log2,
             KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
-            NUM_STAGES, HAS_STARTS, HAS_WINDOW, False,
+            NUM_STAGES, HAS_STARTS, HAS_WINDOW, WIDEN, False,
         )  # fmt: skip
         peak, total, weighted = _sweep(
             queries, peak, total, weighted, whole_end, tile_end, head_ptr, table_ptr, starts_ptr,
             slot_items, num_pages, positions, seen_start, seen_end, window, scale_log2,
             KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
-            1, HAS_STARTS, HAS_WINDOW, True,
+            1, HAS_STARTS, HAS_WINDOW, WIDEN, True,
         )  # fmt: skip
 
     out_rows = (split.to(tl.int64) * num_rows + q_rows) * (KV_HEADS * GROUP) + heads

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
+from math import log
 
 import torch
 import triton
@@ -14,9 +14,9 @@ from tiermem.attention.kernels.attend import attend_pages
 from tiermem.attention.kernels.merge import merge_parts
 from tiermem.attention.kernels.store import store_tokens
 from tiermem.attention.kernels.tiles import Capability
-from tiermem.attention.pool_view import PagedTables, PoolView
+from tiermem.attention.pool_view import PagedTables, PoolView, ProductMath
 
-LOG2_E = 1.0 / math.log(2.0)
+LOG2_E = 1.0 / log(2.0)
 STORE_TOKENS = 16
 """Tokens of one head that a program of the store kernel copies."""
 WIDEST_WINDOW = 1 << 30
@@ -30,11 +30,15 @@ class TritonBackend:
     ----------
     capability: the GPU's compute capability, which decides the tiles.
     num_sms: its multiprocessors, which decide the splits.
+    math: what the products are made of.
     """
 
-    def __init__(self, capability: Capability, num_sms: int) -> None:
+    def __init__(
+        self, capability: Capability, num_sms: int, math: ProductMath = ProductMath.STORED
+    ) -> None:
         self._capability = capability
         self._num_sms = num_sms
+        self._math = math
 
     def store(
         self,
@@ -91,7 +95,9 @@ class TritonBackend:
             return q.new_empty(q.shape, dtype=out_dtype), q.new_empty(q.shape[:2]).float()
         head_block = tiles.next_power_of_2(layout.head_dim)
         items = tables.max_rows * group
-        tile = tiles.attend_tile(self._capability, head_block, layout.item_bytes, items)
+        widen = self._math is ProductMath.FLOAT32 and layout.dtype != "float32"
+        item_bytes = 4 if widen else layout.item_bytes
+        tile = tiles.attend_tile(self._capability, head_block, item_bytes, items)
         num_tiles = triton.cdiv(items, tile.block_m)
         num_programs = tables.num_sequences * num_tiles * layout.num_kv_heads
         tokens = tables.max_pages * layout.page_tokens
@@ -136,6 +142,7 @@ class TritonBackend:
                 NUM_STAGES=tile.num_stages,
                 HAS_STARTS=tables.page_starts is not None,
                 HAS_WINDOW=window is not None,
+                WIDEN=widen,
                 num_warps=tile.num_warps,
             )
         if num_splits == 1:
