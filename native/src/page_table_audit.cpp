@@ -73,7 +73,23 @@ class PageTableAudit {
     require(copy.slot >= 0 && copy.slot < table_.free_slots_[tier].num_slots(), where,
             "I1: its slot is not a slot of the tier");
     if (place == Place::Filling) return;
-    require(place == table_.place_for(page, tier), where, "I5: the copy is in the wrong place");
+    require(place == wanted_place(page, tier), where, "I5: the copy is in the wrong place");
+  }
+
+  // The definition of the places once more, so that a mistake in the table's own is seen.
+  Place wanted_place(const Page& page, std::size_t tier) const {
+    bool is_below = false;
+    bool is_above = false;
+    for (std::size_t other = 0; other < kNumTiers; ++other) {
+      is_below = is_below || (page.is_valid(other) && other > tier);
+      is_above = is_above || (page.is_valid(other) && other < tier);
+    }
+    const bool is_leftover = page.refs == 0 && tier == tier_number(table_.lowest_);
+    const Place listed = is_below || is_leftover ? Place::Droppable
+                         : is_above              ? Place::Redundant
+                                                 : Place::Dirty;
+    const Place unpinned = page.has(PageTable::kSealed) ? listed : Place::Open;
+    return page.copies[tier].pins > 0 ? Place::Pinned : unpinned;
   }
 
   static void check_alive(const Page& page, const std::string& where) {

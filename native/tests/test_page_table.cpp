@@ -101,6 +101,7 @@ void test_stale_ids() {
   const Ids old = table.create(2);
   CHECK(table.release(old) == old);
   CHECK(table.alive(old) == Bits({0, 0}));
+  CHECK(table.alive(Ids{old[0] + (PageId{1} << 32)}) == Bits({0}));  // not yet
   const Ids pages = table.create(2);
   CHECK(pages[0] != old[0] && pages[0] != old[1] && pages[1] != old[0] && pages[1] != old[1]);
   CHECK(table.alive(Ids{-1, 0, 1, pages[0], pages[0] + (PageId{1} << 32), 77}) ==

@@ -131,6 +131,7 @@ void test_remove_takes_what_follows() {
   CHECK(index.remove(Ids{page(1), page(1), page(2)}) == Ids({page(2) + kFirst, page(1)}));
   CHECK(index.remove(Ids{page(4)}) == Ids({page(4)}));
   CHECK(index.size() == 0 && index.pages().empty());
+  CHECK(index.insert(digest(5), digest(0), page(6), 0));  // a root without pages is not kept
 }
 
 void test_insert_many() {
