@@ -67,7 +67,7 @@ class TieredCache(Cache):
         self.manager = _open_manager(attention, config, identity)
         self._attention = attention
         self._model_config = model.config
-        self._rows = Rows(self.manager, salt, label)
+        self._rows = Rows(self.manager, salt, label, attention.reusable)
         self._forward: Forward | None = None
         self._model_attention: str | None = None
         self._closed = False

@@ -106,16 +106,16 @@ class Forward:
 
         Raises
         ------
-        TierMemError: layers are missing. CorruptPageError, TransferError: the step could not be completed; in
+        ConfigError: layers did not attend. CorruptPageError, TransferError: the step could not be completed; in
         either case nothing was stored.
         """
         try:
             num_layers = len(self._attention.windows)
             if self._waiting is not None or self._next_layer != num_layers:
-                raise TierMemError(
+                raise ConfigError(
                     f"the model ended after {self._next_layer} of {num_layers} layers had attended"
                 )
-        except TierMemError as error:
+        except ConfigError as error:
             self.abandon(error)
             raise
         self.is_open = False

@@ -17,14 +17,18 @@ from tiermem.sequence import Sequence
 
 
 class Rows:
-    """Sequences of the rows of one batch; empty until the first call or `attach` says how many rows there are."""
+    """Sequences of the rows of one batch; empty until the first call or `attach` says how many rows there are.
 
-    def __init__(self, manager: TierManager, salt: bytes, label: str) -> None:
+    `reusable` says whether tokens are named, so that others may find their pages.
+    """
+
+    def __init__(self, manager: TierManager, salt: bytes, label: str, reusable: bool) -> None:
         self.sequences: list[Sequence] = []
         self.real: NDArray[np.bool_] = np.ones((0, 0), dtype=np.bool_)
         self._manager = manager
         self._salt = salt
         self._label = label
+        self._reusable = reusable
 
     @property
     def columns(self) -> int:
@@ -72,7 +76,7 @@ class Rows:
         """A step has stored the tokens of `call`: count its columns and name its tokens."""
         named = [row for row in range(call.rows) if self._placed_as_stored(call, row)]
         self.real = np.concatenate([self.real, call.real], axis=1)
-        if call.ids is not None:
+        if self._reusable and call.ids is not None:
             for row in named:
                 self.sequences[row].record(call.ids[row][call.real[row]])
 

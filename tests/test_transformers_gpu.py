@@ -1,0 +1,91 @@
+"""On a GPU, models say the same with a TieredCache in fp32, and in fp16 up to ties."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    FAMILIES,
+    PAGE_TOKENS,
+    left_padded,
+    random_ids,
+    reference,
+    tiers,
+    tiny_model,
+)
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tiermem.integrations.transformers import TieredCache
+
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+TIE = 1e-3
+"""Logits closer than this may change places through rounding."""
+
+
+def count_ties(model: PreTrainedModel, cache: TieredCache, ids: torch.Tensor, steps: int) -> int:
+    """Walk along the tokens that transformers' own cache leads to, and compare the choice at each.
+
+    Returns how often the two chose differently between logits that are closer than TIE; fails where they differ
+    between others.
+    """
+    plain = DynamicCache(config=model.config)
+    ties = 0
+    for _ in range(steps):
+        expected = model(ids, past_key_values=plain, logits_to_keep=1).logits[0, -1].float()
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].float()
+        ids, ours = expected.argmax()[None, None], logits.argmax()
+        if ours != ids[0, 0]:
+            gap = float(expected.max() - expected[ours])
+            assert gap < TIE, f"chose a token whose logit is {gap} below the best"
+            ties += 1
+    return ties
+
+
+def half_model(dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A Llama in half precision whose logits are about 0.3 apart."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, initializer_range=0.04,
+        max_position_embeddings=4096, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().to(device, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_in_fp32(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family, 31).cuda()
+    ids, mask = (part.cuda() for part in left_padded([random_ids(1, n, n)[0] for n in (301, 77)]))
+    expected = reference(model, ids, attention_mask=mask, **GREEDY)
+    with TieredCache(model, tiers(model, 6, 12, tmp_path), page_tokens=PAGE_TOKENS) as cache:
+        assert cache.manager.torch_device == model.device
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        assert torch.equal(out, expected)
+        cache.reset()
+        assert cache.attach(ids, mask) > 0
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        assert torch.equal(out, expected)
+        cache.manager.check()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_greedy_tokens_in_fp16_up_to_ties(tmp_path: Path) -> None:
+    model = half_model(torch.float16, "cuda")
+    ids = random_ids(1, 1501, 4).cuda()
+    with TieredCache(model, tiers(model, 12, 40, tmp_path), page_tokens=PAGE_TOKENS) as cache:
+        ties = count_ties(model, cache, ids, steps=200)
+        reads = {tier.tier: tier.reads for tier in cache.stats().tiers}
+    print(f"ties below {TIE}: {ties} of 200 tokens; pages read per tier: {reads}")  # noqa: T201
+    assert ties <= 10
+    assert all(reads.values())
+
+
+@torch.no_grad()
+def test_the_comparison_up_to_ties_works_without_a_gpu(tmp_path: Path) -> None:
+    model = half_model(torch.float16, "cpu")
+    with TieredCache(model, tiers(model, 3, 3, tmp_path), page_tokens=PAGE_TOKENS) as cache:
+        assert count_ties(model, cache, random_ids(1, 150, 4), steps=10) <= 1
