@@ -59,7 +59,8 @@ void IoOperation::consume(std::uint64_t bytes) noexcept {
 }
 
 IoProgress IoOperation::advance(std::int64_t result) {
-  if (result == -EINTR || result == -EAGAIN) return IoProgress::again;
+  // ECANCELED: io_uring gives up what a thread submitted when that thread ends; we cancel nothing.
+  if (result == -EINTR || result == -EAGAIN || result == -ECANCELED) return IoProgress::again;
   if (result == -EINVAL && fd() != files_->buffered.get()) {
     direct_refused_ = true;
     return IoProgress::again;

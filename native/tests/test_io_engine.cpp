@@ -202,6 +202,23 @@ void test_a_hanging_read_is_waited_for_and_given_up() {
   CHECK(engine->counters().bytes_read == 3);
 }
 
+// The kernel gives up on what a thread submitted when the thread ends; the engine does not.
+void test_operations_outlive_the_thread_that_submitted_them() {
+  const auto engine = make_engine(EngineKind::io_uring);
+  if (!engine) return;
+  Pipe pipe = make_pipe();
+  const auto file = BlockFile::adopt({}, std::move(pipe.read_end), kFileBytes, "pipe");
+  const Memory memory(kPage);
+  Ticket ticket = 0;
+  std::thread([&] {
+    ticket = engine->submit(IoDirection::read, *file, one(0, memory.address(), 3).view());
+  }).join();
+  CHECK(engine->wait(ticket, 0.02).status == IoStatus::pending);
+  CHECK(::write(pipe.write_end.get(), "abc", 3) == 3);
+  CHECK(engine->wait(ticket, kWaitS).status == IoStatus::ok);
+  CHECK(std::memcmp(memory.data(), "abc", 3) == 0);
+}
+
 // The writer's end closes in the middle of a read: the end of the file, not success.
 void test_a_stream_that_ends_early_fails() {
   const auto engine = make_engine(EngineKind::io_uring);
@@ -314,6 +331,7 @@ int main() {
     test_other_threads_may_look(kind);
   }
   test_a_hanging_read_is_waited_for_and_given_up();
+  test_operations_outlive_the_thread_that_submitted_them();
   test_a_stream_that_ends_early_fails();
   test_destruction_leaks_what_hangs();
   test_options_out_of_range();

@@ -79,7 +79,8 @@ struct IoEngineOptions {
 // caller has at most one operation in flight on a range of a file.
 //
 // Failures. A transfer that moved fewer bytes than asked continues where it stopped. A read that
-// meets the end of the file fails with ENODATA. EINTR and EAGAIN are retried. Any other error fails
+// meets the end of the file fails with ENODATA. EINTR and EAGAIN are retried, and so is what
+// io_uring gives up because the thread that submitted it ended. Any other error fails
 // the ticket; its operations that have not started by then never do. Whether a ticket is ok or
 // failed, all its operations have ended: the memory is the caller's again.
 //
