@@ -10,9 +10,11 @@ from tiermem import data
 from tiermem.data import data_path
 
 
-def test_profiles_are_found() -> None:
+def test_shipped_files_are_found() -> None:
     assert data_path("configs/t4.json").is_file()
     assert data_path("configs/models").is_dir()
+    assert data_path("models/reference/model.safetensors").is_file()
+    assert data_path("examples/long_prompt.txt").is_file()
 
 
 def test_an_installed_package_finds_them_within_itself(
