@@ -1,0 +1,144 @@
+"""Checkup: gathers what `tiermem doctor` shows, and shows it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import tiermem
+from tiermem.cli.checkup_text import checkup_lines
+from tiermem.cli.disk_probe import DiskReport, probe_disk
+from tiermem.cli.host_probe import HostReport, probe_host
+from tiermem.cli.screen import terminal_width
+from tiermem.cli.tier_options import private_base
+from tiermem.config import TierConfig, profile_for_device
+from tiermem.device.discovery import choose, probe
+from tiermem.device.report import DeviceChoice, DeviceReport
+
+PACKAGES = ("torch", "triton", "cuda-bindings", "transformers", "numpy", "lmdb")
+LITTLE_DISK_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What tiermem would do without any option: sizes are bytes of the tiers, from what is free now."""
+
+    device: str
+    reason: str
+    profile: str
+    gpu_bytes: int
+    ram_bytes: int
+    ssd_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """Everything that was found. `versions` has None for what is not installed."""
+
+    tiermem: str
+    python: str
+    versions: dict[str, str | None]
+    host: HostReport
+    devices: DeviceReport
+    disk: DiskReport
+    plan: Plan
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Names and plain values, for `json.dumps`."""
+        return asdict(self)
+
+
+def run(ssd_path: Path | None, as_json: bool) -> int:
+    """Look, show, and return the exit code: 1 if the path that was given cannot be used."""
+    found = examine(ssd_path)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        print("\n".join(checkup_lines(found, terminal_width(sys.stdout))))
+    return 1 if ssd_path is not None and found.disk.problem is not None else 0
+
+
+def examine(ssd_path: Path | None) -> Checkup:
+    """Look at this machine, and at `ssd_path` or else where private cold tiers go."""
+    versions = {name: _version(name) for name in PACKAGES}
+    host = probe_host()
+    devices = probe()
+    place = private_base() / "tiermem" if ssd_path is None else ssd_path.expanduser()
+    disk = probe_disk(place)
+    return Checkup(
+        tiermem=tiermem.__version__,
+        python=platform.python_version(),
+        versions=versions,
+        host=host,
+        devices=devices,
+        disk=disk,
+        plan=_plan(host, devices, disk, ssd_path),
+        warnings=tuple(_warnings(versions, host, devices, disk)),
+    )
+
+
+def _plan(host: HostReport, devices: DeviceReport, disk: DiskReport, ssd_path: Path | None) -> Plan:
+    choice = choose("auto", devices)
+    gpu = choice.gpu
+    profile = profile_for_device(gpu.name if gpu else None, gpu.total_bytes if gpu else 0)
+    config = TierConfig.from_profile(profile, ssd_path=ssd_path)
+    device_free = host.free_bytes if gpu is None else gpu.free_bytes or 0
+    gpu_bytes = config.gpu.resolve(device_free)
+    if config.gpu_limit is not None:
+        gpu_bytes = min(gpu_bytes, config.gpu_limit.num_bytes)
+    host_left = host.free_bytes - (gpu_bytes if gpu is None else 0)
+    return Plan(
+        device=_device_text(choice),
+        reason=choice.reason,
+        profile=profile,
+        gpu_bytes=gpu_bytes,
+        ram_bytes=config.ram.resolve(max(host_left, 0)),
+        ssd_bytes=config.ssd.resolve(disk.free_bytes),
+    )
+
+
+def _device_text(choice: DeviceChoice) -> str:
+    return "CPU" if choice.gpu is None else f"GPU {choice.gpu.index} ({choice.gpu.name})"
+
+
+def _warnings(
+    versions: dict[str, str | None], host: HostReport, devices: DeviceReport, disk: DiskReport
+) -> Iterator[str]:
+    """What is in the way, most important first."""
+    if devices.problem is not None:
+        yield f"no GPU is usable: {devices.problem}"
+    for gpu in devices.gpus:
+        if devices.problem is None and gpu.problem is not None:
+            yield f"GPU {gpu.index} is not usable: {gpu.problem}"
+    if versions["transformers"] is None:
+        yield "transformers is not installed: `tiermem generate` needs it (pip install 'tiermem[hf]')"
+    if not host.fast_checksum:
+        yield "the CPU has neither AVX2 nor AVX-512: checksums are computed slowly"
+    yield from _disk_warnings(disk)
+
+
+def _disk_warnings(disk: DiskReport) -> Iterator[str]:
+    if disk.problem is not None:
+        yield f"{disk.path}: cannot be the cold tier: {disk.problem}"
+        return
+    if disk.is_in_memory:
+        yield f"{disk.path}: is on {disk.file_system}, which is memory, not a disk"
+    if not disk.direct_io:
+        yield f"{disk.path}: no direct I/O on this file system: reads and writes go through the page cache"
+    if disk.uring_problem is not None:
+        yield f"the kernel refuses io_uring ({disk.uring_problem}): threads read and write instead"
+    if disk.free_bytes < LITTLE_DISK_BYTES:
+        yield f"{disk.path}: less than 1 GiB is free"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
