@@ -134,7 +134,9 @@ class Room:
                 if room := self.gain(lower, len(ids)):
                     break
             if not room:
-                raise OutOfPagesError(f"{len(ids)} pages cannot leave {tier.name}; {self.describe()}")
+                raise OutOfPagesError(
+                    f"{len(ids)} pages cannot leave {tier.name}; {self.describe()}"
+                )
             transfers = self._mover.submit(ids[:room], tier, lower)
         finally:
             self._table.unpin(ids, tier)
