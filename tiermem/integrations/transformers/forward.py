@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
 import numpy as np
@@ -58,7 +59,8 @@ class Forward:
         self._check_shape("K", key)
         self._check_shape("V", value)
         if self._step is not None:
-            self._step.append(layer, self._pack(key), self._pack(value))
+            with self._undone_on_error():
+                self._step.append(layer, self._pack(key), self._pack(value))
         self._waiting = (layer, key)
 
     def attend(
@@ -93,7 +95,8 @@ class Forward:
         if self._step is None:
             out = query.new_zeros((rows, columns, heads, dim))
         else:
-            packed = self._step.attend(layer, self._pack(query), scale=scale, window=window)
+            with self._undone_on_error():
+                packed = self._step.attend(layer, self._pack(query), scale=scale, window=window)
             out = self._unpack(packed, rows, columns)
         self._waiting = None
         self._next_layer += 1
@@ -129,6 +132,15 @@ class Forward:
             self._context.__exit__(type(error), error, error.__traceback__)
 
     # ---- inside ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """The step hears of its own errors: it sets damaged pages aside."""
+        try:
+            yield
+        except BaseException as error:
+            self.abandon(error)
+            raise
 
     def _check_shape(self, name: str, tensor: torch.Tensor) -> None:
         layout, call = self._attention.layout, self._call
