@@ -327,8 +327,12 @@ class BlockFile:
     """
 
     def __init__(
-        self, path: str | bytes | os.PathLike[str] | os.PathLike[bytes], size_bytes: int,
-        mode: OpenMode, *, faults: FaultOps | None = None,
+        self,
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        size_bytes: int,
+        mode: OpenMode,
+        *,
+        faults: FaultOps | None = None,
     ) -> None: ...
     @property
     def path(self) -> str: ...
@@ -435,7 +439,11 @@ class IoEngine:
     """
 
     def __init__(
-        self, kind: EngineKind = ..., queue_depth: int = 64, num_threads: int = 4, *,
+        self,
+        kind: EngineKind = ...,
+        queue_depth: int = 64,
+        num_threads: int = 4,
+        *,
         faults: FaultOps | None = None,
     ) -> None: ...
     @property
@@ -443,8 +451,13 @@ class IoEngine:
         """The kind in use: IO_URING or THREADS."""
 
     def submit_read(
-        self, file: BlockFile, offsets: Int64s, addresses: Int64s, lengths: Int64s,
-        tail_addresses: Int64s | None = None, tail_length: int = 0,
+        self,
+        file: BlockFile,
+        offsets: Int64s,
+        addresses: Int64s,
+        lengths: Int64s,
+        tail_addresses: Int64s | None = None,
+        tail_length: int = 0,
     ) -> int:
         """Queue a batch and return its ticket, waiting for no operation.
 
@@ -458,8 +471,13 @@ class IoEngine:
         """
 
     def submit_write(
-        self, file: BlockFile, offsets: Int64s, addresses: Int64s, lengths: Int64s,
-        tail_addresses: Int64s | None = None, tail_length: int = 0,
+        self,
+        file: BlockFile,
+        offsets: Int64s,
+        addresses: Int64s,
+        lengths: Int64s,
+        tail_addresses: Int64s | None = None,
+        tail_length: int = 0,
     ) -> int:
         """As `submit_read`, from memory to the file. Durable only after `BlockFile.sync`."""
 
