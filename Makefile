@@ -42,8 +42,8 @@ demo: $(BUILT) ## generate text with a hot tier several times too small; compare
 	  --gpu 2MiB --ram 8MiB --ssd 1GiB --verify
 
 test: test-native $(BUILT) ## all tests that need no GPU
-	$(call need,pytest pytest_timeout hypothesis lmdb)
-	$(BIN)/python -m pytest
+	$(call need,pytest pytest_timeout hypothesis xdist lmdb)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 test-native: build/native/ready ## the C++ tests of the native core
 	ctest --test-dir build/native --output-on-failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -10,6 +11,14 @@ from hypothesis import settings
 # A busy machine is slow, not wrong: pytest's own timeout ends what hangs.
 settings.register_profile("tiermem", deadline=None)
 settings.load_profile("tiermem")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Snapshots of this process' managers stay out of the user's, and of those of tests beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIERMEM_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
