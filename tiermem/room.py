@@ -159,7 +159,7 @@ class Room:
             if missing > 0:
                 self.evict(lower, missing)
             ids = ids[: self._table.counts(lower).free]
-            self._submit_down(ids, tier, lower)
+            self._submit_down(ids[: self._mover.most_without_waiting(tier, lower)], tier, lower)
 
     def wanted(self, ids: Ids) -> Ids:
         """Those of `ids` that still have someone who refers to them or a name.

@@ -180,8 +180,12 @@ class Mover:
         return [self._start(ids, src, dst, partial(self._start_direct, ids, src, dst), _nothing)]
 
     def quarantine(self, ids: Ids, tier: Tier) -> None:
-        """Drop copies that were found damaged, even the last ones: their pages are lost, never served."""
+        """Drop copies that were found damaged, even the last ones: their pages are lost, never served.
+
+        A copy that someone else holds stays until it is found damaged again: every way back verifies it.
+        """
         ids = ids[self.table.alive(ids)]
+        ids = ids[self.table.pins(ids, tier) == 0]
         if tier == Tier.SSD:
             self._cold.unpublish(self.table.slots(ids, Tier.SSD))
         self.table.discard(ids, tier)
@@ -193,6 +197,12 @@ class Mover:
         """Every slice of these pages, FILLING on the SSD, was written: write their trailers and wait."""
         slots = self.table.slots(ids, Tier.SSD)
         self._cold.finish_slices(slots, self._names.names_of(ids), checksums)
+
+    def most_without_waiting(self, src: Tier, dst: Tier) -> int | None:
+        """How many pages `submit` would start without waiting for staging slots; None for any number."""
+        if {src, dst} != {Tier.GPU, Tier.SSD}:
+            return None
+        return len(self._lanes[src].free)
 
     def note_end(self, transfer: Transfer, num_pages: int) -> None:
         """`transfer` was settled after moving `num_pages` pages."""
