@@ -208,7 +208,7 @@ class TierManager:
             flows=tuple(
                 FlowStats(
                     src.name, dst.name, flow.num_bytes, flow.num_transfers, flow.in_flight,
-                    flow.gb_per_s,
+                    flow.gb_per_s, flow.streamed_bytes,
                 )
                 for (src, dst), flow in sorted(core.mover.meter.flows().items())
             ),

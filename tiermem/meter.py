@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tiermem.pools import Tier
 
@@ -12,12 +12,16 @@ Route = tuple[Tier, Tier]
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What went one way so far. `busy_s` is the time with at least one transfer in flight, as the host saw it."""
+    """What went one way so far. `busy_s` is the time with at least one transfer in flight, as the host saw it.
+
+    `streamed_bytes` went through the ring, as slices for a step, not as transfers of pages.
+    """
 
     num_bytes: int = 0
     num_transfers: int = 0
     in_flight: int = 0
     busy_s: float = 0.0
+    streamed_bytes: int = 0
 
     @property
     def gb_per_s(self) -> float:
@@ -37,9 +41,7 @@ class Meter:
         flow = self._flows.get((src, dst), Flow())
         if flow.in_flight == 0:
             self._since_s[src, dst] = time.perf_counter()
-        self._flows[src, dst] = Flow(
-            flow.num_bytes, flow.num_transfers, flow.in_flight + 1, flow.busy_s
-        )
+        self._flows[src, dst] = replace(flow, in_flight=flow.in_flight + 1)
 
     def end(self, src: Tier, dst: Tier, num_bytes: int) -> None:
         """A transfer was seen ended, after moving `num_bytes`."""
@@ -47,9 +49,18 @@ class Meter:
         busy_s = flow.busy_s
         if flow.in_flight == 1:
             busy_s += time.perf_counter() - self._since_s[src, dst]
-        self._flows[src, dst] = Flow(
-            flow.num_bytes + num_bytes, flow.num_transfers + 1, flow.in_flight - 1, busy_s
+        self._flows[src, dst] = replace(
+            flow,
+            num_bytes=flow.num_bytes + num_bytes,
+            num_transfers=flow.num_transfers + 1,
+            in_flight=flow.in_flight - 1,
+            busy_s=busy_s,
         )
+
+    def stream(self, src: Tier, dst: Tier, num_bytes: int) -> None:
+        """Slices of `num_bytes` together were sent through the ring."""
+        flow = self._flows.get((src, dst), Flow())
+        self._flows[src, dst] = replace(flow, streamed_bytes=flow.streamed_bytes + num_bytes)
 
     def flows(self) -> dict[Route, Flow]:
         """The counts now, by (from, to)."""

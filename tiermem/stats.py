@@ -35,7 +35,10 @@ class TierStats:
 
 @dataclass(frozen=True, slots=True)
 class FlowStats:
-    """What went from tier `src` to tier `dst`; the rate is a mean over the time with something in flight."""
+    """What went from tier `src` to tier `dst`; the rate is a mean over the time with something in flight.
+
+    `num_bytes`, `transfers` and the rate are of whole pages; `streamed_bytes` are slices of pages for a step.
+    """
 
     src: str
     dst: str
@@ -43,6 +46,7 @@ class FlowStats:
     transfers: int
     in_flight: int
     gb_per_s: float
+    streamed_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,8 @@ class Ring:
             source = self._source(half, layer, ids[chosen], tier, slots[chosen])
             direction = Direction.DEVICE_TO_DEVICE if tier == Tier.GPU else Direction.HOST_TO_DEVICE
             self._device.copy(direction, target, source, self._layout.layer_bytes, stream)
+            if tier != Tier.GPU:
+                self._note(tier, Tier.GPU, len(chosen))
         loaded = stream.record()
         self._users[half] = [loaded]
         self._device.compute_stream().wait_event(loaded)
@@ -122,6 +124,7 @@ class Ring:
             half, count, self._pools[Tier.RAM].addresses(dst, layer * self._layout.layer_bytes)
         )
         self._users[half] = [event]
+        self._note(Tier.GPU, Tier.RAM, count)
 
     def save_cold(self, half: int, count: int, layer: int, dst: Slots) -> np.ndarray:
         """Write them to SSD slots `dst` and wait; the slices' checksums (count,) uint64."""
@@ -130,6 +133,7 @@ class Ring:
         event = self._save_to(half, count, buffers)
         event.wait()
         self._users[half] = []
+        self._note(Tier.GPU, Tier.SSD, count)
         return self._store.write_slices(dst, layer, buffers)
 
     def read_tensor(self, half: int, count: int) -> torch.Tensor:
@@ -144,6 +148,9 @@ class Ring:
             self._host.free()
 
     # ---- inside ------------------------------------------------------------------------------------
+
+    def _note(self, src: Tier, dst: Tier, slices: int) -> None:
+        self._mover.meter.stream(src, dst, slices * self._layout.layer_bytes)
 
     def _wait_for_users(self, half: int, stream: Stream) -> None:
         for event in self._users[half]:

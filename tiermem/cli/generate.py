@@ -23,7 +23,7 @@ examples:
   tiermem generate --model DIR --prompt-file book.txt --gpu 2MiB --verify             # compare with no tiers
   tiermem generate --random-weights 7b --prompt-tokens 16384 --gpu 2GiB --ram 16GiB   # a shape, not a text
 
-Sizes: bytes, text with a unit ("8GiB", "512MB"), a share of what is free ("50%"), "auto", or 0 for no such tier.
+Sizes: text with a unit ("8GiB", "512MB"), a share of what is free ("50%"), "auto", or 0 for no such tier.
 Without --config and --profile, the profile of the device at hand gives what no option says.
 Exit code: 0 done, 1 the run failed or --verify found a difference, 2 wrong arguments."""
 

@@ -23,8 +23,12 @@ def count_text(count: int) -> str:
 
 
 def rate_text(gb_per_s: float) -> str:
-    """10^9 bytes a second with three digits; NOTHING for 0."""
-    return f"{_three_digits(gb_per_s)} GB/s" if gb_per_s > 0 else NOTHING
+    """10^9 bytes a second with three digits, in MB/s below 0.1; NOTHING for 0."""
+    if gb_per_s <= 0:
+        return NOTHING
+    if gb_per_s < 0.1:
+        return f"{_three_digits(1000 * gb_per_s)} MB/s"
+    return f"{_three_digits(gb_per_s)} GB/s"
 
 
 def tokens_rate_text(tokens: int, seconds: float) -> str:

@@ -35,7 +35,7 @@ class Rates:
         stats = snapshot.stats
         if stats is None or stats.updated_s <= self._updated_s:
             return
-        moved = {(flow.src, flow.dst): flow.num_bytes for flow in stats.flows}
+        moved = {(flow.src, flow.dst): all_bytes(flow) for flow in stats.flows}
         if self._updated_s:
             seconds = stats.updated_s - self._updated_s
             self._gb_per_s = {
@@ -88,7 +88,9 @@ def tier_table(tiers: Sequence[TierStats], hit_rates: dict[str, float]) -> Table
 
 def flow_table(flows: Sequence[FlowStats], rates: Rates | None = None) -> Table:
     """Bytes moved between tiers by direction; empty where nothing moved yet."""
-    titles: tuple[str, ...] = ("moved", "bytes", "transfers", "in flight", "rate while busy")
+    titles: tuple[str, ...] = (
+        "moved", "pages", "transfers", "in flight", "rate while busy", "streamed",
+    )  # fmt: skip
     rows = [
         (
             f"{flow.src} to {flow.dst}",
@@ -96,12 +98,18 @@ def flow_table(flows: Sequence[FlowStats], rates: Rates | None = None) -> Table:
             count_text(flow.transfers),
             count_text(flow.in_flight),
             rate_text(flow.gb_per_s),
+            size_text(flow.streamed_bytes),
             *([] if rates is None else [rate_text(rates.gb_per_s(flow))]),
         )
         for flow in flows
     ]
     titles = titles if rates is None else (*titles, "rate now")
     return Table(titles, tuple(rows)) if rows else Table((), ())
+
+
+def all_bytes(flow: FlowStats) -> int:
+    """What `flow` moved, as pages and as slices of pages."""
+    return flow.num_bytes + flow.streamed_bytes
 
 
 def facts(stats: Stats) -> Table:

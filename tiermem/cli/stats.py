@@ -24,11 +24,13 @@ what the columns mean:
   used       slots that hold a page or are being filled: filling + clean + duplicate + dirty + pinned + open
   clean      can be dropped at once: a copy lies in a lower tier, or nobody refers to the page any more
   duplicate  the lowest copy of a page that is in a hotter tier too; can be dropped as well
-  dirty      the only copy of a sealed page; must be written to a lower tier before it can be dropped
+  dirty      the only copy of a sealed page: must be written to a lower tier before it can be dropped, and
+             stays in the lowest tier as long as a sequence refers to it
   pinned     held by a step or a transfer that is in flight
   open       still being written to
   hits       of the stored pages that steps needed, the share that was found here
-  demoted    pages copied from this tier to a lower one, ahead of need or at need"""
+  demoted    pages copied from this tier to a lower one, ahead of need or at need
+  moved      whole pages that were copied to stay, and slices of pages that were streamed for one step"""
 
 DEFAULT_INTERVAL_S = 1.0
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from tiermem.cli.human import count_text, duration_text, tokens_rate_text, size_text
+from tiermem.cli.human import (
+    count_text,
+    duration_text,
+    rate_text,
+    share_text,
+    size_text,
+    tokens_rate_text,
+)
 from tiermem.cli.loop import Times
-from tiermem.cli.manager_text import fitting, flow_table, tier_table, trouble_text
-from tiermem.cli.table import pairs
+from tiermem.cli.manager_text import all_bytes, trouble_text
+from tiermem.cli.table import Table, pairs
 from tiermem.cli.verify import Difference, Verdict
 from tiermem.stats import Stats
 
@@ -64,8 +71,8 @@ class Summary:
         stats = self.stats
         tables = [
             pairs(self._facts()),
-            fitting(tier_table(stats.tiers, stats.hit_rates), width),
-            fitting(flow_table(stats.flows), width),
+            _tier_table(stats),
+            _flow_table(stats, self.times.last_token_s),
         ]
         blocks = [table.lines(width) for table in tables]
         lines: list[str] = []
@@ -102,6 +109,37 @@ class Summary:
             rows.append(("trouble", trouble_text(stats)))
         rows.append(("verified", verdict_text(self.verdict)))
         return rows
+
+
+def _tier_table(stats: Stats) -> Table:
+    """What is where at the end, in pages."""
+    rows = [
+        (
+            tier.tier,
+            size_text(tier.slots * tier.page_bytes) if tier.slots else "off",
+            f"{count_text(tier.used)} of {count_text(tier.slots)}",
+            share_text(stats.hit_rates.get(tier.tier)),
+            count_text(tier.evictions),
+        )
+        for tier in stats.tiers
+    ]
+    return Table(("tier", "capacity", "pages used", "hits", "evicted"), tuple(rows))
+
+
+def _flow_table(stats: Stats, seconds: float) -> Table:
+    """Bytes moved by direction; the mean rate is over the whole run of `seconds`."""
+    rows = [
+        (
+            f"{flow.src} to {flow.dst}",
+            size_text(all_bytes(flow)),
+            size_text(flow.streamed_bytes),
+            rate_text(flow.gb_per_s),
+            rate_text(all_bytes(flow) / seconds / 1e9),
+        )
+        for flow in stats.flows
+    ]
+    titles = ("moved", "bytes", "streamed", "pages while busy", "mean of the run")
+    return Table(titles, tuple(rows)) if rows else Table((), ())
 
 
 def verdict_text(verdict: Verdict | None) -> str:
