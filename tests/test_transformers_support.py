@@ -133,7 +133,7 @@ def test_layers_that_hand_on_other_k_than_they_stored_are_refused() -> None:
     ids = random_ids(1, 5, 0)
     with TieredCache(model, tiers(model, 4, 0)) as cache, torch.no_grad():
         update = cache.update
-        cache.update = lambda k, v, layer: tuple(x.clone() for x in update(k, v, layer))
+        cache.update = lambda k, v, layer, *_: tuple(x.clone() for x in update(k, v, layer))
         with pytest.raises(ConfigError, match="change K"):
             model(ids, past_key_values=cache)
         del cache.update

@@ -138,6 +138,7 @@ class TieredCache(Cache):
         if self._closed:
             return
         self._settle()
+        self._rows.reset()
         self._closed = True
         self._hooks.remove()
         self.manager.close()
@@ -172,13 +173,21 @@ class TieredCache(Cache):
         return key_states, value_states
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last columns: 0, or minus their number, as transformers' assisted decoding asks."""
+        """Forget the last columns, as transformers' assisted decoding asks.
+
+        Parameters
+        ----------
+        tokens_to_remove: minus the number of columns to forget; above 0, as older transformers 5 asks, the
+            number to keep at most.
+
+        Raises
+        ------
+        ValueError: there are fewer columns to forget.
+        """
         self._settle()
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove={tokens_to_remove}: must be {-self._rows.columns} to 0"
-            )
-        self._rows.crop(-tokens_to_remove)
+        columns = self._rows.columns
+        gone = -tokens_to_remove if tokens_to_remove <= 0 else max(columns - tokens_to_remove, 0)
+        self._rows.crop(gone)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes row `beam_idx[i]`; pages are shared."""

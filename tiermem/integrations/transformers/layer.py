@@ -45,9 +45,13 @@ class TieredLayer(CacheLayerMixin):
         """Columns stored, padding included."""
         return self._owner.get_seq_length()
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of K that a mask would have; TieredCache needs no mask."""
-        return self.get_seq_length() + query_length, 0
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Length and offset of K that a mask would have; TieredCache needs no mask.
+
+        query_length: new columns; early transformers 5 gives their positions (columns,).
+        """
+        columns = query_length if isinstance(query_length, int) else len(query_length)
+        return self.get_seq_length() + columns, 0
 
     def get_max_length(self) -> int:
         """-1: no length is the most."""
