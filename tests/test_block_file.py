@@ -25,6 +25,24 @@ def test_a_new_file_is_private_and_allocated(path: Path) -> None:
         file.sync()
 
 
+def flags_of_descriptors(path: Path) -> list[int]:
+    """Flags of this process's descriptors of a file, as the kernel tells them."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        if descriptor.is_symlink() and descriptor.resolve() == path.resolve():
+            lines = (Path("/proc/self/fdinfo") / descriptor.name).read_text().splitlines()
+            found += [int(line.split()[1], 8) for line in lines if line.startswith("flags:")]
+    return found
+
+
+def test_descriptors_block_and_are_not_inherited(path: Path) -> None:
+    with BlockFile(path, PAGE, OpenMode.CREATE) as file:
+        flags = flags_of_descriptors(path)
+        assert len(flags) == 1 + file.is_direct
+        assert all(each & os.O_CLOEXEC and not each & os.O_NONBLOCK for each in flags)
+    assert not flags_of_descriptors(path)
+
+
 def takes_direct_io(path: Path) -> bool:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_DIRECT))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -279,14 +281,17 @@ def test_a_signal_ends_a_wait_at_once(faulty: IoEngine, faults: FaultOps, file: 
     faults.hold(FileCall.READ, first=1)
     data = memory(PAGE)
     ticket = faulty.submit_read(file, numbers(0), numbers(data.ctypes.data), numbers(PAGE))
-    former = signal.signal(signal.SIGALRM, ring)
+    former = signal.signal(signal.SIGUSR1, ring)
+    bell = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
+    start_s = time.monotonic()
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        bell.start()
         with pytest.raises(AlarmError):
             faulty.wait(ticket, WAIT_S)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
+        bell.join()
+        signal.signal(signal.SIGUSR1, former)
+    assert time.monotonic() - start_s < WAIT_S / 2
     assert faulty.poll(ticket).status is IoStatus.PENDING
     faults.release()
     finish(faulty, ticket)
