@@ -13,6 +13,20 @@ OPERATIONS = 500
 """Of one run; half of them before the manager is closed and opened again, where there is a store."""
 
 
+@pytest.mark.parametrize("seed", range(14))
+def test_failing_copies_lose_nothing_and_serve_nothing_wrong(seed: int, tmp_path: Path) -> None:
+    slots = SLOTS[seed % len(SLOTS)]
+    world = World(seed, slots, tmp_path / "s" if slots[2] else None)
+    world.copies_fail = True
+    world.run(600)
+    assert world.num_failed + world.manager.stats().failed_transfers > 0
+    world.copies_fail = False
+    world.device.run_all()
+    world.device._failing.clear()
+    world.run(100)
+    world.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(20))
 def test_random_operations_never_serve_a_wrong_byte(part: int, tmp_path: Path) -> None:

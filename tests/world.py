@@ -14,7 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tiermem import OutOfPagesError, PageLayout, Sequence, Step, TierConfig, TierManager
+from tiermem import (
+    OutOfPagesError,
+    PageLayout,
+    Sequence,
+    Step,
+    TierConfig,
+    TierManager,
+    TransferError,
+)
 from tiermem._core import CopyState, Tier
 from tiermem.device.protocol import Device
 from tiermem.device.simulated import SimulatedDevice
@@ -75,6 +83,8 @@ class World:
         self.num_operations = 0
         self.num_refused = 0
         self.num_attached = 0
+        self.num_failed = 0
+        self.copies_fail = False
         self.known: list[Known] = []
         self.prompts = [
             [self.random.randrange(50) for _ in range(MAX_TOKENS)] for _ in range(NUM_PROMPTS)
@@ -121,6 +131,9 @@ class World:
                 getattr(self, name)()
             except OutOfPagesError:
                 self.num_refused += 1
+            except TransferError:
+                assert self.copies_fail, "nothing was made to fail"
+                self.num_failed += 1
             self.num_operations += 1
             self.manager.check()
 
@@ -188,6 +201,10 @@ class World:
         if isinstance(self.device, SimulatedDevice):
             for _ in range(self.random.randrange(10)):
                 self.device.progress()
+
+    def op_fail_a_copy(self) -> None:
+        if self.copies_fail and isinstance(self.device, SimulatedDevice):
+            self.device.fail_copy(self.random.randrange(8))
 
     def op_read(self) -> None:
         known = self.pick()
@@ -294,6 +311,7 @@ OPERATIONS = {
     "op_progress": 8,
     "op_read": 6,
     "op_flush": 1,
+    "op_fail_a_copy": 2,
 }
 
 

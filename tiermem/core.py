@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from tiermem import _core
 from tiermem.attention.backend import AttentionBackend
 from tiermem.attention.pool_view import PoolView
 from tiermem.device.protocol import Device
-from tiermem.errors import CorruptPageError
+from tiermem.errors import CorruptPageError, TransferError
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.pools import FILLING, NO_SLOT, VALID, Ids, SlotPool, Slots, Tier
@@ -99,12 +100,14 @@ class Core:
             chosen = ids[tiers == src][: self.room.spare(dst)]
             # hold the pages while older copies make way, so that none of them is the victim
             self.table.pin(chosen, src)
-            missing = len(chosen) - self.table.counts(dst).free
-            if missing > 0:
-                self.room.evict(dst, missing)
-            ready = chosen[: self.table.counts(dst).free]
-            self.mover.submit(ready, src, dst)
-            self.table.unpin(chosen, src)
+            try:
+                missing = len(chosen) - self.table.counts(dst).free
+                if missing > 0:
+                    self.room.evict(dst, missing)
+                ready = chosen[: self.table.counts(dst).free]
+                self.mover.submit(ready, src, dst)
+            finally:
+                self.table.unpin(chosen, src)
             started += len(ready)
         return started
 
@@ -121,7 +124,8 @@ class Core:
             chunks = [self._read_chunk(ids, tiers, layer, i) for i in self._chunks(len(ids))]
             self.device.compute_stream().record().wait()
         finally:
-            self.mover.to_device.synchronize()
+            with contextlib.suppress(TransferError):  # what failed was raised where it was used
+                self.mover.to_device.synchronize()
             for chosen, tier in pins:
                 self.table.unpin(chosen, tier)
         layout = self.layout

@@ -238,6 +238,7 @@ class Planner:
         for transfer in self._plan.promotions:
             if transfer.event is not None:
                 compute.wait_event(transfer.event)  # R3
+            transfer.check()
 
     def _missing(self) -> Ids:
         """Old pages without a home, each once, in the order of the sequences."""
@@ -297,12 +298,16 @@ class Planner:
         stream = core.mover.to_device
         # the slot's last reader and the base's writer were reaped, or ran on the compute stream before
         stream.wait_event(core.device.compute_stream().record())
+        copied = []
         if tier == Tier.SSD:
             for layer in range(layout.num_layers):
                 core.ring.load(0, layer, src, np.array([tier], dtype=np.int64))
-                core.ring.copy_out(0, target + layer * layout.layer_bytes)
+                copied.append(core.ring.copy_out(0, target + layer * layout.layer_bytes))
         else:
             source = core.pools[tier].addresses(self._table.slots(src, tier))
             direction = Direction.DEVICE_TO_DEVICE if tier == Tier.GPU else Direction.HOST_TO_DEVICE
             core.device.copy(direction, target, source, layout.page_bytes, stream)
-        core.device.compute_stream().wait_event(stream.record())
+            copied.append(stream.record())
+        for event in copied:
+            core.device.compute_stream().wait_event(event)
+            event.done()  # raises if it is known by now to have failed

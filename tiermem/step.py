@@ -78,6 +78,7 @@ class Step:
         self._plan: Plan | None = None
         self._chunks: list[Chunk] = []
         self._checksums: dict[int, list[np.ndarray]] = {}
+        self._saves: list[Event] = []
         self._next_layer = 0
         self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -231,7 +232,8 @@ class Step:
         """Write-through: the filled slices go to their home in a lower tier."""
         slots = self._core.table.slots(chunk.written, chunk.home)
         if chunk.home == Tier.RAM:
-            self._core.ring.save(chunk.half, chunk.num_pages, layer, slots)
+            saved = self._core.ring.save(chunk.half, chunk.num_pages, layer, slots)
+            self._saves.append(saved)
             return
         sums = self._core.ring.save_cold(chunk.half, chunk.num_pages, layer, slots)
         self._checksums.setdefault(int(chunk.written[0]), []).append(sums)
@@ -245,8 +247,7 @@ class Step:
                 f"the step ended after {self._next_layer} of {num_layers} layers; it is undone"
             )
         for transfer in plan.promotions:
-            if transfer.error is not None:
-                raise transfer.error
+            transfer.check()
 
     def _commit(self, plan: Plan) -> Ids:
         """The tokens become part of their sequences; pages that continued others replace them."""
@@ -265,8 +266,8 @@ class Step:
     def _commit_write_through(self) -> None:
         core = self._core
         written = [chunk for chunk in self._chunks if chunk.token_slots is not None]
-        if any(chunk.home == Tier.RAM for chunk in written):
-            core.mover.to_host.synchronize()
+        for saved in self._saves:
+            saved.wait()
         for chunk in written:
             if chunk.home == Tier.SSD:
                 sums = np.stack(self._checksums[int(chunk.written[0])], axis=1)

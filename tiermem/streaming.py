@@ -6,13 +6,15 @@ Every use of a half waits, on the device, for the uses before it.
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import torch
 
 from tiermem import _core
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, SlotHolds
 from tiermem.device.protocol import Device, Direction, Event, Stream
-from tiermem.errors import CorruptPageError
+from tiermem.errors import CorruptPageError, TransferError
 from tiermem.layout import SLOT_ALIGN_BYTES, PageLayout, round_up
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
 from tiermem.store import ColdStore
@@ -100,15 +102,18 @@ class Ring:
         loaded = stream.record()
         self._users[half] = [loaded]
         self._device.compute_stream().wait_event(loaded)
+        loaded.done()  # raises if it is known by now to have failed
 
-    def copy_out(self, half: int, target: Addresses) -> None:
-        """Copy the first slices of `half`, just loaded, to hot memory at `target`."""
+    def copy_out(self, half: int, target: Addresses) -> Event:
+        """Copy the first slices of `half`, just loaded, to hot memory at `target`; the event behind it."""
         stream = self._mover.to_device
         source = self._ring.addresses(self.slots_of(half, len(target)))
         self._device.copy(
             Direction.DEVICE_TO_DEVICE, target, source, self._layout.layer_bytes, stream
         )
-        self._users[half] = [stream.record()]
+        copied = stream.record()
+        self._users[half] = [copied]
+        return copied
 
     def begin_use(self, half: int) -> None:
         """The compute stream is about to write `half` itself: it waits for the uses before."""
@@ -118,13 +123,17 @@ class Ring:
         """What the compute stream was given so far was the last to use `half`."""
         self._users[half] = [self._device.compute_stream().record()]
 
-    def save(self, half: int, count: int, layer: int, dst: Slots) -> None:
-        """Copy the first `count` slices of `half`, as the compute stream leaves them, into RAM slots `dst`."""
+    def save(self, half: int, count: int, layer: int, dst: Slots) -> Event:
+        """Copy the first `count` slices of `half`, as the compute stream leaves them, into RAM slots `dst`.
+
+        Returns the event behind the copy: done, or the error, before the slots may become VALID.
+        """
         event = self._save_to(
             half, count, self._pools[Tier.RAM].addresses(dst, layer * self._layout.layer_bytes)
         )
         self._users[half] = [event]
         self._note(Tier.GPU, Tier.RAM, count)
+        return event
 
     def save_cold(self, half: int, count: int, layer: int, dst: Slots) -> np.ndarray:
         """Write them to SSD slots `dst` and wait; the slices' checksums (count,) uint64."""
@@ -162,7 +171,10 @@ class Ring:
             return self._pools[tier].addresses(slots, layer * self._layout.layer_bytes)
         assert self._host is not None and self._store is not None
         for event in self._users[half]:
-            event.wait()  # the host is about to write what an earlier copy may still read
+            # The host is about to write what an earlier copy may still read; whether that one failed
+            # was for its own step to find.
+            with contextlib.suppress(TransferError):
+                event.wait()
         buffers = self._host.addresses(ring_slots)
         good = self._store.read_slices(slots, layer, buffers)
         if not good.all():

@@ -7,6 +7,7 @@ or full RAM tier stops nothing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -84,6 +85,13 @@ class Transfer:
         if self.error is None or self._mover.table.pins(self.ids, self.dst).any():
             return False  # a step that counted on a failed copy lets go of it first
         raise self.error
+
+    def check(self) -> None:
+        """Raise the TransferError if it is known by now to have failed; never blocks."""
+        with contextlib.suppress(TransferError):
+            self.poll()
+        if self.error is not None:
+            raise self.error
 
     def wait(self) -> None:
         """Block until the stage in progress has ended."""
