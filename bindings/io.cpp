@@ -45,7 +45,8 @@ nb::object text_of(const std::string& path) {
 
 std::uint64_t size_of(std::int64_t size_bytes) {
   if (size_bytes >= 0) return static_cast<std::uint64_t>(size_bytes);
-  throw std::invalid_argument("size_bytes=" + std::to_string(size_bytes) + ": must not be negative");
+  throw std::invalid_argument("size_bytes=" + std::to_string(size_bytes) +
+                              ": must not be negative");
 }
 
 // The system calls themselves where no faults are planned.

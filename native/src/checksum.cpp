@@ -195,7 +195,8 @@ std::uint64_t checksum_with(BlockFunction function, const std::byte* data, std::
     sum += block_term(function(data + b * kBlockBytes, kChecksumBlockWords), b);
   }
   if (const std::size_t rest = bytes % kBlockBytes; rest != 0) {
-    sum += block_term(sum_last_block(data + full_blocks * kBlockBytes, rest, function), full_blocks);
+    const std::byte* last = data + full_blocks * kBlockBytes;
+    sum += block_term(sum_last_block(last, rest, function), full_blocks);
   }
   return mix64(sum + (bytes + 1) * kChecksumLength);
 }

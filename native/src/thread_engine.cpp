@@ -148,6 +148,8 @@ bool ThreadEngine::close(double timeout_s) {
   return is_idle();
 }
 
-IoCounters ThreadEngine::counters() const noexcept { return shared_->tickets.counters().snapshot(); }
+IoCounters ThreadEngine::counters() const noexcept {
+  return shared_->tickets.counters().snapshot();
+}
 
 }  // namespace tiermem

@@ -157,8 +157,8 @@ void test_aligned_operations_alone_take_the_direct_descriptor(EngineKind kind) {
   }
 }
 
-// A file system may take O_DIRECT at open and refuse every such transfer: EINVAL, as here, where the
-// direct descriptor is a file of the kernel that wants a number and is offered none.
+// A file system may take O_DIRECT at open and refuse every such transfer: EINVAL, as here, where
+// the direct descriptor is a file of the kernel that wants a number and is offered none.
 void test_a_refused_direct_transfer_goes_through_the_page_cache(EngineKind kind) {
   const auto engine = make_engine(kind);
   if (!engine) return;

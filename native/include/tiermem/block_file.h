@@ -66,9 +66,9 @@ class BlockFile {
   // Throws FileError: ENOSPC if the free space does not suffice (the file is then as it was: back at
   // its former size, or gone if it was made here); ENODATA if the file is shorter than size_bytes;
   // ELOOP for a symbolic link; EINVAL for anything but a regular file; else what the system says.
-  static std::shared_ptr<BlockFile> open(const std::string& path, std::uint64_t size_bytes,
-                                         OpenMode mode,
-                                         std::shared_ptr<FileOps> ops = std::make_shared<FileOps>());
+  static std::shared_ptr<BlockFile> open(
+      const std::string& path, std::uint64_t size_bytes, OpenMode mode,
+      std::shared_ptr<FileOps> ops = std::make_shared<FileOps>());
 
   // Wraps descriptors of any kind, such as a pipe or a device. For tests of the engines.
   static std::shared_ptr<BlockFile> adopt(FileDescriptor direct, FileDescriptor buffered,

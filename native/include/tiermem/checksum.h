@@ -24,8 +24,8 @@
 //   Result = mix64(sum over b of t(b) + (length_bytes + 1) * kChecksumLength).
 //
 // Why these sums. s2 alone sees every change of a single word, since the multipliers are odd, and
-// every swap of two words of a block that differ anywhere in their low 57 bits; s1 sees what s2 does
-// not, with a chance of about 2^-32 to miss. mix64 with the block number makes swapped, doubled and
+// every swap of two words of a block that differ anywhere in their low 57 bits; s1 sees what s2
+// does not, with a chance of about 2^-32 to miss. mix64 with the block number makes swapped, doubled and
 // dropped blocks visible. Both sums, and the sum over blocks, may be added in any order, so that
 // lanes, warps and thread blocks can each take a share.
 #pragma once
