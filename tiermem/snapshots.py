@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import stat
 import tempfile
 import time
@@ -22,6 +23,7 @@ from tiermem.stats import Stats
 
 REFRESH_S = 0.5
 MAX_SNAPSHOT_BYTES = 4 * 1024 * 1024
+_NAME = re.compile(r"(?P<pid>[0-9]{1,7})-(?P<started_ms>[0-9]{1,16})-[0-9]+")
 _numbers = itertools.count()
 
 
@@ -74,13 +76,16 @@ def live_snapshots() -> list[dict[str, object]]:
     """The latest stats of every live manager of this user, oldest process first."""
     found = []
     for path in sorted(snapshot_dir().glob("*.json")):
-        pid, started, _ = path.stem.split("-")
-        if not _is_running(int(pid), int(started)):
+        name = _NAME.fullmatch(path.stem)
+        if name is None:
+            continue
+        if not _is_running(int(name["pid"]), int(name["started_ms"])):
             path.unlink(missing_ok=True)
             continue
         try:
             if path.stat().st_size <= MAX_SNAPSHOT_BYTES:
-                found.append(json.loads(path.read_text()))
+                document = json.loads(path.read_text())
+                found += [document] if isinstance(document, dict) else []
         except (FileNotFoundError, ValueError):
             continue  # withdrawn meanwhile, or not a snapshot
     return found

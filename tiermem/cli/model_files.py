@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiermem.cli.table import clip, printable
 from tiermem.errors import ConfigError
 from tiermem.model_shape import ModelShape
 
@@ -147,6 +148,7 @@ def random_model(
 @contextmanager
 def _as_config_error(what: str) -> Iterator[None]:
     """What libraries raise for files that are damaged, of an unknown kind or too large, as ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -155,7 +157,6 @@ def _as_config_error(what: str) -> Iterator[None]:
         raise
     except (
         OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError,
-        SafetensorError,
+        SafetensorError, StrictDataclassError,
     ) as error:  # fmt: skip
-        first = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(f"{what}: {first}") from error
+        raise ConfigError(f"{what}: {clip(printable(str(error)), 300)}") from error

@@ -1,0 +1,155 @@
+"""`tiermem doctor`: tells what there is, with or without a GPU, and whether a path would do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cli_support import Cli
+
+from tiermem import PageLayout, TierConfig, TierManager, _core
+from tiermem.cli import checkup, disk_probe
+from tiermem.cli.checkup import examine
+from tiermem.cli.checkup_text import checkup_lines
+from tiermem.cli.disk_probe import probe_disk
+from tiermem.device.report import DeviceReport, GpuInfo
+
+NO_GPU = DeviceReport(0, 13000, "2.13.0", None, (), "no NVIDIA driver is installed")
+H200 = GpuInfo(0, "NVIDIA H200", (9, 0), 141 << 30, 139 << 30, 132, "0000:01:00.0")
+K80 = GpuInfo(1, "Tesla K80", (3, 7), 12 << 30, None, 13, "0000:02:00.0", "too old")
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(capsys)
+
+
+def with_devices(monkeypatch: pytest.MonkeyPatch, report: DeviceReport) -> None:
+    monkeypatch.setattr(checkup, "probe", lambda: report)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+
+
+def test_without_a_gpu_it_says_so_and_succeeds(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_devices(monkeypatch, NO_GPU)
+    found = cli("doctor")
+    assert (found.code, found.err) == (0, "")
+    for words in (
+        "tiermem ", "python ", "torch ", "triton ", "cuda-bindings ", "transformers ", "GPU ",
+        "none, runtime 13.0", "cores", "memory", "file system", "a test file was read back",
+        "CPU, profile cpu", "warning: no GPU is usable: no NVIDIA driver is installed",
+    ):  # fmt: skip
+        assert words in found.out, words
+
+
+def test_with_gpus_it_says_which_is_used_and_why(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_devices(monkeypatch, DeviceReport(13020, 13000, "2.13.0", "13.0", (H200, K80), None))
+    text = cli("doctor").out
+    for words in (
+        "NVIDIA H200, capability 9.0, 141.0 GiB, 139.0 GiB free", "13.2, runtime 13.0",
+        "GPU 0 (NVIDIA H200), profile h200", "takes torch's current GPU", "GPU tier   111.2 GiB",
+        "warning: GPU 1 is not usable: too old",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "no GPU is usable" not in text
+
+
+def test_the_json_has_every_part(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_devices(monkeypatch, NO_GPU)
+    document = cli("doctor", "--json", "--ssd-path", tmp_path / "new").json()
+    assert set(document) == {
+        "tiermem", "python", "versions", "host", "devices", "disk", "plan", "warnings",
+    }  # fmt: skip
+    assert set(document["versions"]) == set(checkup.PACKAGES)
+    assert document["devices"]["problem"] == NO_GPU.problem
+    assert document["host"]["total_bytes"] >= document["host"]["free_bytes"] > 0
+    disk = document["disk"]
+    assert disk["path"] == str(tmp_path / "new")
+    assert (disk["exists"], disk["is_store"], disk["problem"]) == (False, False, None)
+    assert disk["free_bytes"] > 0
+    assert disk["io"] in {"io_uring", "threads"}
+    assert document["plan"]["profile"] == "cpu"
+    assert document["plan"]["ssd_bytes"] > 0
+    assert document["warnings"][0] == "no GPU is usable: no NVIDIA driver is installed"
+
+
+def test_looking_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert probe_disk(tmp_path / "a" / "b").problem is None
+    assert probe_disk(tmp_path).problem is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_that_cannot_be_used_fails(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    refused = cli("doctor", "--ssd-path", tmp_path / "file" / "store")
+    assert refused.code == 1
+    assert "is not a directory" in refused.out
+    others = cli("doctor", "--ssd-path", tmp_path)
+    assert others.code == 1
+    assert "neither empty nor a store" in others.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_permission_cannot_be_used(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    problem = probe_disk(tmp_path / "store").problem
+    tmp_path.chmod(0o700)
+    assert problem == "a file cannot be written there: Permission denied"
+
+
+def test_a_store_is_known_as_one_even_while_it_is_open(cli: Cli, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    layout = PageLayout(2, 2, 16, dtype="float32", page_tokens=16)
+    config = TierConfig(gpu="32KiB", ram=0, ssd="2MiB", ssd_path=store, device="cpu")
+    with TierManager(layout, config):
+        before = sorted(store.iterdir())
+        found = cli("doctor", "--ssd-path", store)
+        assert sorted(store.iterdir()) == before
+    assert found.code == 0
+    assert "(a store of tiermem)" in found.out
+
+
+def test_bytes_that_come_back_wrong_are_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(disk_probe.np, "array_equal", lambda _out, _back: False)
+    assert probe_disk(tmp_path).problem == "what was read is not what was written"
+
+
+def test_a_disk_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    faults = _core.FaultOps()
+    faults.fail(_core.FileCall.READ, 1, 5, 100)
+    engine = _core.IoEngine(_core.EngineKind.THREADS, faults=faults)
+    monkeypatch.setattr(disk_probe, "_open_engine", lambda: (engine, "Operation not permitted"))
+    report = probe_disk(tmp_path)
+    assert report.problem is not None
+    assert report.io == "threads"
+    assert report.uring_problem == "Operation not permitted"
+
+
+def test_each_weakness_of_a_disk_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    weak = replace(
+        probe_disk(tmp_path),
+        file_system="tmpfs",
+        direct_io=False,
+        io="threads",
+        uring_problem="Operation not permitted",
+        free_bytes=2**20,
+    )
+    monkeypatch.setattr(checkup, "probe_disk", lambda _path: weak)
+    with_devices(monkeypatch, NO_GPU)
+    found = examine(tmp_path)
+    text = "\n".join(checkup_lines(found, None))
+    for words in ("memory, not a disk", "no direct I/O", "refuses io_uring", "less than 1 GiB"):
+        assert sum(words in warning for warning in found.warnings) == 1, words
+        assert words in text
+
+
+def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_devices(monkeypatch, NO_GPU)
+    found = examine(tmp_path)
+    assert max(map(len, checkup_lines(found, 60))) <= 60
