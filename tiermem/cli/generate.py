@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from tiermem.cli.options import CommandParser, Commands, add_json, int_from, number_from
@@ -46,6 +47,9 @@ def add_parser(commands: Commands[CommandParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry out the command; returns the exit code."""
+    # Read when torch's OpenMP library is loaded. By default its threads spin while they wait for each other: on
+    # two cores that do something else too, the many small operations of a step then take 15 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from tiermem.cli import generation
 
     return generation.run(options)
