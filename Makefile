@@ -7,11 +7,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
+FRESH := $(VENV)/.fresh
 CPP := CMakeLists.txt $(shell find native bindings -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt)
 JOBS ?= $(shell nproc)
 
 # The environment's programs first: cmake and ninja are there when the system has none.
 export PATH := $(abspath $(BIN)):$(PATH)
+# Torch's threads sleep while they wait for each other. By default they spin, which on a busy machine takes the
+# cores from those that are waited for.
+export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -20,16 +24,18 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: $(READY) ## make .venv with everything for development, and build the extension
+setup: $(BUILT) ## make .venv with everything for development, and build the extension
 
+# This builds the extension as well: FRESH tells the rule of BUILT that nothing is left to do.
 $(READY): pyproject.toml constraints.txt scripts/make_venv.sh
 	sh scripts/make_venv.sh $(VENV)
-	@touch $@ $(BUILT)
+	@touch $@ $(FRESH)
 
 build: $(BUILT) ## rebuild the extension if C++ changed
 
 $(BUILT): $(READY) $(CPP)
-	$(PIP) install -q --no-build-isolation --no-deps -e .
+	@test -e $(FRESH) || { echo building the extension; $(PIP) install -q --no-build-isolation --no-deps -e .; }
+	@rm -f $(FRESH)
 	@touch $@
 
 # Stop with a clear message when the packages $(1) that a target needs could not be installed.
@@ -39,7 +45,7 @@ need = @for module in $(1); do $(BIN)/python -c "import $$module" 2>/dev/null ||
 demo: $(BUILT) ## generate text with a hot tier several times too small; compare with the untiered run
 	$(call need,transformers safetensors lmdb)
 	$(BIN)/tiermem generate --model models/reference --prompt-file examples/long_prompt.txt \
-	  --gpu 2MiB --ram 8MiB --ssd 1GiB --verify
+	  --gpu 8MiB --ram 24MiB --ssd 1GiB --max-new-tokens 64 --verify
 
 test: test-native $(BUILT) ## all tests that need no GPU
 	$(call need,pytest pytest_timeout hypothesis xdist lmdb)
