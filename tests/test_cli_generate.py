@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -160,6 +161,21 @@ def test_the_private_directory_is_gone_afterwards(
     monkeypatch.setattr(Step, "attend", fail)
     assert cli(*arguments, "--prompt", PROMPT).code == 1
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_private_cold_tier_takes_what_fits(
+    cli: Cli, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_bytes = 10 << 20
+    usage = shutil.disk_usage("/")._replace(free=free_bytes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    found = cli(
+        "generate", "--model", model_dir, "--prompt", PROMPT, *TIERS, *CPU, "--ssd", "1GiB",
+        "--max-new-tokens", 1, "--json",
+    )  # fmt: skip
+    assert found.code == 0
+    assert "ssd=1GiB: only 10.0 MiB are free in " in found.err
+    assert found.json()["stats"]["ssd_disk_bytes"] <= 0.9 * free_bytes
 
 
 def fail(*_arguments: object, **_options: object) -> torch.Tensor:

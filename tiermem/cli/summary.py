@@ -127,7 +127,7 @@ def _tier_table(stats: Stats) -> Table:
 
 
 def _flow_table(stats: Stats, seconds: float) -> Table:
-    """Bytes moved by direction; the mean rate is over the whole run of `seconds`."""
+    """Bytes moved by direction. Copy rate: of pages while one was under way; mean rate: of all over the run."""
     rows = [
         (
             f"{flow.src} to {flow.dst}",
@@ -138,7 +138,7 @@ def _flow_table(stats: Stats, seconds: float) -> Table:
         )
         for flow in stats.flows
     ]
-    titles = ("moved", "bytes", "streamed", "pages while busy", "mean of the run")
+    titles = ("moved", "bytes", "streamed", "copy rate", "mean rate")
     return Table(titles, tuple(rows)) if rows else Table((), ())
 
 
