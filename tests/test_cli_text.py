@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import random
 
 import pytest
+import torch
+from cli_support import tiny_llama
 from transformers import AutoTokenizer
 
 from tiermem.cli import human
+from tiermem.cli.subject import Subject
 from tiermem.cli.table import Align, Table, clip, pairs, printable, text_width
 from tiermem.cli.text_stream import TextStream
+from tiermem.cli.writer import Writer
 from tiermem.data import data_path
 
 
@@ -156,3 +161,25 @@ def test_text_before_decides_how_a_token_is_written() -> None:
 
     assert "".join(TextStream(decode, [1]).put(token) for token in (2, 1)) == " upon once"
     assert "".join(TextStream(decode).put(token) for token in (2,)) == "upon"
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "shown"),
+    [(Terminal(), "a\u241b[2J\n\tb\ufffdé\n"), (io.StringIO(), "a\x1b[2J\n\tb\x9bé\n")],
+)
+def test_what_a_model_writes_cannot_drive_a_terminal(stream: io.StringIO, shown: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(data_path("models/reference"), local_files_only=True)
+    writer = Writer(stream, Subject("tiny", tiny_llama(), tokenizer, torch.tensor([[0x3E]])))
+    tokens = list("a\x1b[2J\n\tb\x9bé".encode())
+    for i, token in enumerate(tokens):
+        writer.watcher().token(token)
+        assert i > 0 or stream.getvalue() == "a"  # shown as it comes
+    assert writer.end() == "a\x1b[2J\n\tb\x9bé"
+    assert stream.getvalue() == shown
