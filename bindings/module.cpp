@@ -26,6 +26,8 @@ void map_errors() {
 
 NB_MODULE(_core, module) {
   module.doc() = "Native core of tiermem: page table, prefix index, file I/O and checksum.";
+  // What is still alive when the interpreter exits goes with the process; nobody needs to read about it.
+  nb::set_leak_warnings(false);
   map_errors();
   bind_page_table(module);
   bind_prefix_index(module);

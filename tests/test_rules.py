@@ -16,7 +16,7 @@ from tiermem.transfer import Mover, Transfer
 
 SEEDS = range(12)
 OPERATIONS = 250
-SLOTS = ((4, 8, 0), (3, 4, 30), (8, 12, 40))
+SLOTS = ((4, 8, 0), (3, 4, 12), (6, 8, 24))
 
 
 def survives(seed: int, directory: Path) -> bool:

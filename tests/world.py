@@ -29,7 +29,7 @@ from tiermem.device.simulated import SimulatedDevice
 
 LAYOUT = PageLayout(num_layers=2, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16)
 SALTS = (b"", b"tenant")
-MAX_TOKENS = 320
+MAX_TOKENS = 192
 NUM_PROMPTS = 3
 
 
@@ -102,7 +102,7 @@ class World:
             ram=ram * slot,
             ssd=store_bytes(ssd) if self.store else 0,
             ssd_path=self.store,
-            staging_pages=2,
+            staging_pages=self.random.choice([1, 4, 8]),
             low_watermark=0.2,
             high_watermark=0.4,
         )
@@ -300,7 +300,7 @@ class World:
 OPERATIONS = {
     "op_open": 6,
     "op_close": 4,
-    "op_step": 30,
+    "op_step": 20,
     "op_failing_step": 3,
     "op_record": 16,
     "op_rollback": 5,
