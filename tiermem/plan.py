@@ -229,6 +229,8 @@ class Planner:
             return
         got = self._core.room.gain(Tier.GPU, len(missing))
         self._plan.promotions = self._core.promote(missing[:got])
+        for transfer in self._plan.promotions:
+            transfer.check()  # one that failed may have been reaped: its pages have no copy to pin
         for share in self._plan.shares:
             old = share.pages[: share.first_written]
             new = np.isin(old, missing[:got]) & (share.homes[: share.first_written] == NO_SLOT)
