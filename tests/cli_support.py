@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -141,7 +142,10 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """Start Python with `arguments`, its output in pipes."""
+    """Start Python with `arguments`, its output in pipes.
+
+    Ctrl-C reaches it even where this process was started in the background of a shell, which ignores it.
+    """
     return subprocess.Popen(
         [sys.executable, *arguments],
         stdin=options.pop("stdin", subprocess.PIPE),
@@ -149,8 +153,13 @@ def start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         stderr=options.pop("stderr", subprocess.PIPE),
         text=True,
         env=environment(**options.pop("variables", {})),
+        preexec_fn=_listen_to_ctrl_c,  # noqa: PLW1509 - it sets one signal and nothing else
         **options,
     )
+
+
+def _listen_to_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start_holder(
