@@ -158,8 +158,8 @@ def _software_problem() -> str | None:
     """Why torch or Triton could not use a GPU that CUDA shows."""
     if torch.version.cuda is None:
         return (
-            f"this torch ({torch.__version__}) has no CUDA: pip install torch "
-            "--index-url https://download.pytorch.org/whl/cu130"
+            f"this torch ({torch.__version__}) has no CUDA: pip install torch as pytorch.org says "
+            "for CUDA 13"
         )
     if not torch.cuda.is_available():
         return f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, finds no GPU"
