@@ -49,9 +49,11 @@ LAYERS = {
         "tiermem.snapshots",
         "tiermem.stats",
     ],
+    "measure": ["tiermem.measure"],
     "service": ["tiermem.service"],
     "integrations": ["tiermem.integrations"],
     "package": ["tiermem"],
+    "bench": ["tiermem.bench"],
     "cli": ["tiermem.cli", "tiermem.__main__"],
 }
 
@@ -84,7 +86,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service": _MANAGER | {"manager", "package"},
     "integrations": _MANAGER | {"manager", "package"},
     "package": _MANAGER | {"manager"},
-    "cli": _MANAGER | {"manager", "package", "service", "integrations"},
+    "measure": {"native", "errors", "layout", "config", "device", "attention", "pools", "store"},
+    "bench": _MANAGER | {"manager", "measure", "package", "integrations"},
+    "cli": _MANAGER | {"manager", "measure", "bench", "package", "service", "integrations"},
 }
 
 # What comes from outside -> the modules or packages that alone may import it.

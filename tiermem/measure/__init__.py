@@ -1,0 +1,3 @@
+"""Measure: how long things take, and the rates that this machine cannot exceed."""
+
+from __future__ import annotations
