@@ -29,6 +29,7 @@ LAYERS = {
     ],
     "device": ["tiermem.device"],
     "attention": ["tiermem.attention"],
+    "measure": ["tiermem.measure", "tiermem.calibration"],
     "pools": ["tiermem.pools"],
     "store": ["tiermem.store", "tiermem.store_format"],
     "prefix": ["tiermem.prefix"],
@@ -36,6 +37,7 @@ LAYERS = {
     "step": [
         "tiermem.chunks",
         "tiermem.core",
+        "tiermem.lease",
         "tiermem.plan",
         "tiermem.room",
         "tiermem.sequence",
@@ -49,7 +51,6 @@ LAYERS = {
         "tiermem.snapshots",
         "tiermem.stats",
     ],
-    "measure": ["tiermem.measure"],
     "service": ["tiermem.service"],
     "integrations": ["tiermem.integrations"],
     "package": ["tiermem"],
@@ -68,7 +69,7 @@ _STEP = {
     "prefix",
     "transfer",
 }
-_MANAGER = _STEP | {"step", "config"}
+_MANAGER = _STEP | {"step", "config", "measure"}
 
 # Layer -> the other layers that it may import.
 MAY_IMPORT: dict[str, set[str]] = {

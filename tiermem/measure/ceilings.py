@@ -1,0 +1,312 @@
+"""Ceilings: the rates that this machine cannot exceed, measured with the largest and simplest work there is.
+
+Each is the median of several runs. A benchmark measures them in its own run and reports a share of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from tiermem.device.cpu import CpuDevice
+from tiermem.device.host import host_free_bytes
+from tiermem.device.protocol import Addresses, Device, DeviceKind, Direction, Memory
+from tiermem.measure.timing import time_device, time_host
+
+LINK_WAYS = (Direction.HOST_TO_DEVICE, Direction.DEVICE_TO_HOST)
+
+Reduction = Callable[[torch.Tensor], torch.Tensor]
+
+GPU_REDUCTIONS: dict[str, Reduction] = {
+    "sum of float32": lambda part: part.view(torch.float32).sum(),
+    "sum of float64": lambda part: part.view(torch.float64).sum(),
+    "largest float32": lambda part: part.view(torch.float32).amax(),
+    "largest int32": lambda part: part.view(torch.int32).amax(),
+    "sums of rows of float32": lambda part: part.view(torch.float32).view(-1, 1 << 14).sum(1),
+}
+"""Ways to read everything once; which is fastest depends on the GPU and on torch's version."""
+CPU_REDUCTIONS: dict[str, Reduction] = {
+    "largest int32": lambda part: part.view(torch.int32).amax(),
+    "sum of float32": lambda part: part.view(torch.float32).sum(),
+}
+"""The same for host memory; torch reads with vector instructions, its threads side by side."""
+
+PART_BYTES = 4 << 30
+"""A reduction reads at most this in one launch: 2^30 float32, which 32 bits can index."""
+ROW_BYTES = 1 << 16
+"""Sizes are multiples of this, a row of the reduction by rows."""
+PATTERN = 0x3F
+"""Every byte of what is read: no zeros, NaN or denormal numbers in any type."""
+
+GPU_MATRIX_SIDE = {2: 8192, 4: 4096}
+CPU_MATRIX_SIDE = {2: 256, 4: 1024}
+"""Rows and columns of the square matrices, by bytes an element."""
+MATRIX_PRODUCTS = 8
+"""In one timed run, back to back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is measured: at most so many bytes of hot and of host memory, and how often."""
+
+    hot_bytes: int
+    host_bytes: int
+    repeats: int
+
+
+FULL = Effort(hot_bytes=8 << 30, host_bytes=4 << 30, repeats=9)
+QUICK = Effort(hot_bytes=1 << 30, host_bytes=512 << 20, repeats=3)
+
+MOST_OF_FREE = 8
+"""Buffers take at most this fraction, one in 8, of the memory that is free."""
+
+
+class Ceilings:
+    """The ceilings of one device and its host, each measured when it is first asked for.
+
+    A context that holds one buffer of hot and one of host memory: a GPU is up to 12 % slow for half a second
+    after tens of gigabytes were freed on it, so nothing is allocated between two measurements.
+
+    Parameters
+    ----------
+    device: stays the caller's. effort: FULL, or QUICK for tests and previews.
+
+    Raises
+    ------
+    ConfigError: there is no room for the buffers.
+    """
+
+    def __init__(self, device: Device, effort: Effort = FULL) -> None:
+        self._device = device
+        self._effort = effort
+        self._known: dict[tuple[object, ...], float] = {}
+        on_gpu = device.kind is DeviceKind.CUDA
+        self._reductions = GPU_REDUCTIONS if on_gpu else CPU_REDUCTIONS
+        self._hot = device.allocate(
+            _room(
+                effort.hot_bytes if on_gpu else effort.host_bytes, device.memory_info().free_bytes
+            )
+        )
+        try:
+            self._host = device.allocate_host(_room(effort.host_bytes, host_free_bytes()))
+        except BaseException:
+            self._hot.free()
+            raise
+        self._streams = [device.new_stream(), device.new_stream()]
+        for memory in (self._hot, self._host):
+            memory.tensor.fill_(PATTERN)
+        device.compute_stream().synchronize()
+
+    def __enter__(self) -> Ceilings:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the buffers back; the rates measured so far can still be asked for."""
+        self._hot.free()
+        self._host.free()
+
+    def link_rate(self, direction: Direction) -> float:
+        """Bytes/s of one large copy between pinned host memory and the device.
+
+        Raises
+        ------
+        ValueError: a direction that does not cross the link.
+        """
+        if direction not in LINK_WAYS:
+            raise ValueError(f"direction={direction}: must be HOST_TO_DEVICE or DEVICE_TO_HOST")
+        return self._once("link", direction, measure=lambda: self._measure_link([direction]))
+
+    def two_way_link_rate(self) -> float:
+        """Bytes/s of both directions together, one large copy each, side by side."""
+        return self._once("two-way link", measure=lambda: self._measure_link(list(LINK_WAYS)))
+
+    def hbm_read_rate(self) -> float:
+        """Bytes/s at which the device reads its own memory: the best of several reductions."""
+        return max(self.reduction_rates().values())
+
+    def reduction_rates(self) -> dict[str, float]:
+        """Bytes/s that each reduction reads of hot memory."""
+        return {
+            name: self._once("reduction", name, measure=partial(self._measure_hot_read, way))
+            for name, way in self._reductions.items()
+        }
+
+    def hbm_copy_rate(self) -> float:
+        """Bytes/s, read and written ones together, of a copy within the device's memory."""
+        return self._once("hot copy", measure=self._measure_hot_copy)
+
+    def ram_read_rate(self, threads: int) -> float:
+        """Bytes/s at which `threads` threads read host memory: the best of torch's reductions there.
+
+        Raises
+        ------
+        ValueError: `threads` is below 1.
+        """
+        with _threads(threads):
+            return self._once("ram", threads, measure=self._measure_ram_read)
+
+    def ram_copy_rate(self, threads: int) -> float:
+        """Bytes/s, read and written ones together, at which `threads` threads copy host memory.
+
+        Raises
+        ------
+        ValueError: `threads` is below 1.
+        """
+        with _threads(threads):
+            return self._once("ram copy", threads, measure=self._measure_ram_copy)
+
+    def matmul_rate(self, dtype: torch.dtype) -> float:
+        """FLOP/s of products of large square matrices of random numbers."""
+        return self._once("matmul", dtype, measure=lambda: self._measure_matmul(dtype))
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _once(self, *key: object, measure: Callable[[], float]) -> float:
+        if key not in self._known:
+            self._known[key] = measure()
+        return self._known[key]
+
+    def _measure_link(self, ways: list[Direction]) -> float:
+        """Each way has a part of both buffers and a stream of its own."""
+        part = min(self._hot.num_bytes, self._host.num_bytes) // len(LINK_WAYS)
+        places = [self._place(way, i * part) for i, way in enumerate(ways)]
+        streams = self._streams[: len(ways)]
+
+        def run() -> None:
+            for way, stream, (dst, src) in zip(ways, streams, places, strict=True):
+                self._device.copy(way, dst, src, part, stream)
+
+        samples = time_device(self._device, run, self._effort.repeats, streams=streams, warmups=2)
+        return len(ways) * part / samples.median_s
+
+    def _place(self, way: Direction, offset: int) -> tuple[Addresses, Addresses]:
+        hot, host = (
+            np.array([memory.address + offset], dtype=np.int64)
+            for memory in (self._hot, self._host)
+        )
+        return (hot, host) if way is Direction.HOST_TO_DEVICE else (host, hot)
+
+    def _measure_hot_read(self, reduction: Reduction) -> float:
+        parts = self._hot.tensor.split(PART_BYTES)
+
+        def run() -> None:
+            for part in parts:
+                reduction(part)
+
+        samples = time_device(self._device, run, self._effort.repeats, warmups=2)
+        return self._hot.num_bytes / samples.median_s
+
+    def _measure_hot_copy(self) -> float:
+        src, dst = _halves(self._hot)
+        samples = time_device(self._device, lambda: dst.copy_(src), self._effort.repeats, warmups=2)
+        return 2 * src.numel() / samples.median_s
+
+    def _measure_ram_read(self) -> float:
+        data = self._host.tensor
+        medians = [
+            time_host(partial(way, data), self._effort.repeats).median_s
+            for way in CPU_REDUCTIONS.values()
+        ]
+        return data.numel() / min(medians)
+
+    def _measure_ram_copy(self) -> float:
+        src, dst = _halves(self._host)
+        samples = time_host(lambda: dst.copy_(src), self._effort.repeats)
+        return 2 * src.numel() / samples.median_s
+
+    def _measure_matmul(self, dtype: torch.dtype) -> float:
+        sides = GPU_MATRIX_SIDE if self._device.kind is DeviceKind.CUDA else CPU_MATRIX_SIDE
+        side = sides[dtype.itemsize]
+        make = torch.Generator(self._device.torch_device).manual_seed(0)
+        a, b = (
+            torch.randn(side, side, generator=make, device=self._device.torch_device).to(dtype)
+            for _ in range(2)
+        )
+        out = torch.empty_like(a)
+
+        def run() -> None:
+            for _ in range(MATRIX_PRODUCTS):
+                torch.matmul(a, b, out=out)
+
+        samples = time_device(self._device, run, self._effort.repeats, warmups=2)
+        return MATRIX_PRODUCTS * 2 * side**3 / samples.median_s
+
+
+def link_rate(device: Device, direction: Direction) -> float:
+    """`Ceilings.link_rate`, with buffers for this one measurement."""
+    with Ceilings(device) as ceilings:
+        return ceilings.link_rate(direction)
+
+
+def two_way_link_rate(device: Device) -> float:
+    """`Ceilings.two_way_link_rate`, with buffers for this one measurement."""
+    with Ceilings(device) as ceilings:
+        return ceilings.two_way_link_rate()
+
+
+def hbm_read_rate(device: Device) -> float:
+    """`Ceilings.hbm_read_rate`, with buffers for this one measurement."""
+    with Ceilings(device) as ceilings:
+        return ceilings.hbm_read_rate()
+
+
+def hbm_copy_rate(device: Device) -> float:
+    """`Ceilings.hbm_copy_rate`, with buffers for this one measurement."""
+    with Ceilings(device) as ceilings:
+        return ceilings.hbm_copy_rate()
+
+
+def ram_read_rate(threads: int) -> float:
+    """`Ceilings.ram_read_rate`, with buffers for this one measurement."""
+    with Ceilings(CpuDevice()) as ceilings:
+        return ceilings.ram_read_rate(threads)
+
+
+def ram_copy_rate(threads: int) -> float:
+    """`Ceilings.ram_copy_rate`, with buffers for this one measurement."""
+    with Ceilings(CpuDevice()) as ceilings:
+        return ceilings.ram_copy_rate(threads)
+
+
+def matmul_rate(device: Device, dtype: torch.dtype) -> float:
+    """`Ceilings.matmul_rate`, with buffers for this one measurement."""
+    with Ceilings(device, QUICK) as ceilings:
+        return ceilings.matmul_rate(dtype)
+
+
+def _room(wanted: int, free_bytes: int) -> int:
+    """`wanted` bytes or what may be taken of those that are free, in whole rows for both halves."""
+    room = min(wanted, free_bytes // MOST_OF_FREE)
+    return max(room // (2 * ROW_BYTES), 1) * 2 * ROW_BYTES
+
+
+def _halves(memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = memory.tensor.split(memory.num_bytes // 2)
+    return first, second
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    """Let torch use `threads` threads on the host for a while."""
+    if threads < 1:
+        raise ValueError(f"threads={threads}: must be at least 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
