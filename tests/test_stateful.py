@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from world import World
 
-SLOTS = ((4, 8, 0), (3, 4, 12), (6, 0, 24), (20, 6, 6), (2, 20, 0), (8, 8, 30), (1, 3, 24))
+SLOTS = ((4, 8, 0), (3, 4, 12), (6, 0, 24), (48, 6, 12), (2, 20, 0), (8, 8, 30), (1, 3, 24))
 RUNS = 200
 OPERATIONS = 500
 """Of one run; half of them before the manager is closed and opened again, where there is a store."""

@@ -19,6 +19,7 @@ from tiermem.device.protocol import Device, Memory
 from tiermem.errors import ConfigError
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
+from tiermem.lease import Leases
 from tiermem.pools import SlotPool, Tier
 from tiermem.prefix import Prefixes
 from tiermem.room import Room, Watermarks
@@ -80,8 +81,11 @@ def build_core(
         hot_pool.num_slots,
     )
     marks = {tier: _watermarks(config, count) for tier, count in slots.items()}
-    room = Room(table, in_flight, mover, prefixes, marks, seal_idle)
-    return Core(layout, device, backend, table, in_flight, pools, hot, prefixes, mover, room, ring)
+    leases = Leases(table, prefixes)
+    room = Room(table, in_flight, mover, prefixes, leases, marks, seal_idle)
+    return Core(
+        layout, device, backend, table, in_flight, pools, hot, prefixes, leases, mover, room, ring
+    )
 
 
 def open_store(layout: PageLayout, config: TierConfig) -> ColdStore | None:

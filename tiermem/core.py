@@ -15,6 +15,7 @@ from tiermem.device.protocol import Device
 from tiermem.errors import CorruptPageError, TransferError
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
+from tiermem.lease import Leases
 from tiermem.pools import FILLING, NO_SLOT, VALID, Ids, SlotPool, Slots, Tier
 from tiermem.prefix import Prefixes
 from tiermem.room import Room
@@ -34,6 +35,7 @@ class Core:
     pools: dict[Tier, SlotPool]
     hot: PoolView
     prefixes: Prefixes
+    leases: Leases
     mover: Mover
     room: Room
     ring: Ring

@@ -342,6 +342,7 @@ class TierManager:
     def _write_published(self, store: ColdStore) -> None:
         """Write published pages that are not on the SSD, coldest first; within the cap, the hottest."""
         core = self._core
+        core.leases.note_use()
         pages = core.prefixes.pages()
         self._name_stored(store, pages[core.table.states(pages, Tier.SSD) == VALID])
         kept = core.prefixes.pages()[-core.table.counts(Tier.SSD).slots :]

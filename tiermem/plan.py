@@ -2,26 +2,31 @@
 
 A page is either *hot* (read and written in its slot of the hot pool), *streamed* (old, read layer by layer
 through the ring) or *write-through* (new, filled layer by layer in a lower tier, because the hot tier has no
-slot for it). Pages that a step writes are new or open; a sealed last page that must grow is reopened when it
-belongs to one sequence alone, else copied (`base`).
+slot for it). Pages that a step writes are new or open; a sealed last page that must grow is continued in a new
+page that starts with its bytes (`base`).
+
+Where leases say that everything is hot, the plan costs native calls per batch only (`plan_resident`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
 from tiermem.core import Core
 from tiermem.device.protocol import Direction
 from tiermem.errors import OutOfPagesError, TransferError
+from tiermem.lease import Lease
 from tiermem.pools import FILLING, NO_SLOT, VALID, Ids, Slots, Tier
 from tiermem.sequence import Sequence
 from tiermem.transfer import Transfer
 
 NO_PAGE = 0
 """Not an id: where a write-through page has no base."""
+NO_PAGES: Ids = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +56,11 @@ class Share:
     replaced: Ids
 
     @property
+    def is_hot(self) -> bool:
+        """Whether every page is read and written in the hot pool."""
+        return bool((self.homes == Tier.GPU).all())
+
+    @property
     def past_tokens(self) -> int:
         """Tokens stored before the step."""
         return self.sequence.num_tokens
@@ -63,13 +73,18 @@ class Share:
 
 @dataclass(slots=True, eq=False)
 class Plan:
-    """Shares of a step and what it holds: pins until the step was reaped, created pages until it failed."""
+    """Shares of a step and what it holds: pins until the step was reaped, created pages until it failed.
+
+    `is_resident` says that every page is hot, old and written.
+    """
 
     shares: list[Share] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     created: list[Ids] = field(default_factory=list)
     promotions: list[Transfer] = field(default_factory=list)
     reads: dict[Tier, int] = field(default_factory=dict)
+    leases: list[Lease] = field(default_factory=list)
+    is_resident: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -92,6 +107,8 @@ class Plan:
         """The step was reaped, or never began."""
         while self.pins:
             self.unpin(core, self.pins[-1])
+        while self.leases:
+            self.leases.pop().end_use()
 
     def discard_created(self, core: Core) -> None:
         """The step failed: its new pages die. No pin of the step may be left."""
@@ -120,6 +137,68 @@ def make_plan(core: Core, sequences: list[Sequence], new_tokens: list[int]) -> P
         plan.discard_created(core)
         raise
     return plan
+
+
+def plan_resident(core: Core, sequences: list[Sequence], new_tokens: list[int]) -> Plan | None:
+    """The plan of a step whose old pages are all held hot by leases, without looking at each of them.
+
+    None where that is not so, or where the new pages find no room without waiting; nothing has changed then but
+    that clean copies may have been dropped.
+    """
+    page_tokens = core.layout.page_tokens
+    firsts = [sequence.num_tokens // page_tokens for sequence in sequences]
+    leases = [core.leases.of(sequence) for sequence in sequences]
+    held = [lease for lease in leases if lease is not None]
+    if [0 if lease is None else lease.num_pages for lease in leases] != firsts:
+        return None
+    tails = [s.pages[first:] for s, first in zip(sequences, firsts, strict=True)]
+    open_tails = np.concatenate(tails)
+    if core.table.is_sealed(open_tails).any():
+        return None
+    counts = [
+        core.layout.pages_for(sequence.num_tokens + count) - len(sequence.pages)
+        for sequence, count in zip(sequences, new_tokens, strict=True)
+    ]
+    num_new = sum(counts)
+    if not _has_free(core, num_new):
+        return None
+    reads = {Tier.GPU: sum(firsts) + len(open_tails), Tier.RAM: 0, Tier.SSD: 0}
+    plan = Plan(reads=reads, leases=held, is_resident=True)
+    for lease in held:
+        lease.begin_use()
+    new = core.table.create(num_new)
+    plan.created.append(new)
+    core.table.reserve(new, Tier.GPU)
+    core.table.commit(new, Tier.GPU)  # open and VALID: the step itself fills it
+    plan.pin(core, np.concatenate([open_tails, new]), Tier.GPU)
+    row, taken = 0, 0
+    for i, sequence in enumerate(sequences):
+        pages = sequence.pages
+        if counts[i]:
+            pages = np.concatenate([pages, new[taken : taken + counts[i]]])
+            taken += counts[i]
+        bases, homes = _without_bases(len(pages) - firsts[i]), _all_hot(len(pages))
+        plan.shares.append(
+            Share(sequence, new_tokens[i], row, pages, firsts[i], bases, homes, NO_PAGES)
+        )
+        row += new_tokens[i]
+    return plan
+
+
+def _has_free(core: Core, num_pages: int) -> bool:
+    """Whether as many hot slots are free, after dropping what is clean."""
+    missing = num_pages - core.table.counts(Tier.GPU).free
+    return missing <= 0 or core.room.evict(Tier.GPU, missing) == missing
+
+
+@lru_cache(maxsize=256)
+def _all_hot(num_pages: int) -> Slots:
+    return np.broadcast_to(np.int64(Tier.GPU), num_pages)
+
+
+@lru_cache(maxsize=256)
+def _without_bases(num_pages: int) -> Ids:
+    return np.broadcast_to(np.int64(NO_PAGE), num_pages)
 
 
 class Planner:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tiermem import _core
 from tiermem.errors import OutOfPagesError, TransferError
 from tiermem.inflight import InFlight
+from tiermem.lease import Leases
 from tiermem.pools import VALID, Ids, Tier
 from tiermem.prefix import Prefixes
 from tiermem.transfer import Mover
@@ -44,6 +45,7 @@ class Room:
         in_flight: InFlight,
         mover: Mover,
         prefixes: Prefixes,
+        leases: Leases,
         watermarks: dict[Tier, Watermarks],
         seal_idle: Callable[[], bool],
     ) -> None:
@@ -51,6 +53,7 @@ class Room:
         self._in_flight = in_flight
         self._mover = mover
         self._prefixes = prefixes
+        self._leases = leases
         self._watermarks = watermarks
         self._seal_idle = seal_idle
         self.evictions = dict.fromkeys(Tier, 0)
@@ -72,6 +75,8 @@ class Room:
     def gain(self, tier: Tier, wanted: int) -> int:
         """Free up to `wanted` slots of `tier`, waiting for work in flight; how many are free, at most `wanted`."""
         failed = self._in_flight.num_failed
+        if tier == Tier.GPU and wanted > self._table.counts(tier).free:
+            self._leases.end_all()
         while (missing := wanted - self._table.counts(tier).free) > 0:
             self.evict(tier, missing)
             missing = wanted - self._table.counts(tier).free
@@ -85,6 +90,10 @@ class Room:
             elif not started and not self._take_last_resort(tier, missing):
                 return wanted - missing
         return wanted
+
+    def is_short(self, tier: Tier) -> bool:
+        """Whether fewer slots can be had at once than the low watermark asks for."""
+        return self.spare(tier) + self._mover.leaving[tier] < self._watermarks[tier].low
 
     def spare(self, tier: Tier) -> int:
         """Slots of `tier` that can be had at once."""
@@ -149,12 +158,13 @@ class Room:
     def demote_ahead(self) -> None:
         """Background work: where a tier is below its low watermark, start demoting; never waits."""
         for tier in Tier:
-            marks = self._watermarks[tier]
-            ready = self.spare(tier) + self._mover.leaving[tier]
             lower = next(iter(self._lower(tier)), None)
-            if ready >= marks.low or lower is None:
+            if lower is None or not self.is_short(tier):
                 continue
-            ids = self._table.coldest_dirty(tier, marks.high - ready)
+            if tier == Tier.GPU:
+                self._leases.end_all()
+            ready = self.spare(tier) + self._mover.leaving[tier]
+            ids = self._table.coldest_dirty(tier, self._watermarks[tier].high - ready)
             missing = len(ids) - self._table.counts(lower).free
             if missing > 0:
                 self.evict(lower, missing)

@@ -119,6 +119,7 @@ class Sequence:
         layout = self._core.layout
         self.num_tokens -= num_tokens
         kept = layout.pages_for(self.num_tokens)
+        self._core.leases.trim(self, self.num_tokens // layout.page_tokens)
         self._release(self.pages[kept:])
         self.pages = self.pages[:kept]
         del self._names[self.num_tokens :]
@@ -157,6 +158,7 @@ class Sequence:
         """
         self.check_usable()
         core = self._core
+        core.leases.trim(self, 0)
         core.in_flight.drain()
         self.seal_tail()
         own = self.pages[core.table.refs(self.pages) == 1]
@@ -206,6 +208,7 @@ class Sequence:
             return
         self.check_usable()
         owner, self._owner = self._owner, None
+        self._core.leases.trim(self, 0)
         self._release(self.pages)
         self.pages = self.pages[:0]
         owner.sequence_closes(self)

@@ -14,7 +14,7 @@ from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks
 from tiermem.core import Core
 from tiermem.device.protocol import Event
 from tiermem.errors import ClosedError, CorruptPageError, TierMemError, TransferError
-from tiermem.plan import Plan, make_plan
+from tiermem.plan import Plan, make_plan, plan_resident
 from tiermem.pools import Ids, Tier, as_ids
 from tiermem.sequence import Sequence
 
@@ -88,8 +88,11 @@ class Step:
         core = self._core
         self._owner.step_begins(self)
         self._set_running(True)  # before planning: the open pages of these sequences are not idle
+        core.leases.keep_only(self._sequences)
         try:
-            self._plan = make_plan(core, self._sequences, self._new_tokens)
+            self._plan = plan_resident(core, self._sequences, self._new_tokens)
+            if self._plan is None:
+                self._plan = make_plan(core, self._sequences, self._new_tokens)
             self._tables = hot_tables(core, self._plan)
             self._token_slots = hot_token_slots(core, self._plan)
             self._chunks = make_chunks(core, self._plan)
@@ -253,15 +256,19 @@ class Step:
         """The tokens become part of their sequences; pages that continued others replace them."""
         core = self._core
         self._commit_write_through()
-        replaced = []
+        fulls = []
         for share in plan.shares:
             share.sequence.advance(share.pages, share.new_tokens)
-            full = share.sequence.num_tokens // core.layout.page_tokens
-            written = share.pages[share.first_written : full]
-            core.table.seal(written[~core.table.is_sealed(written)])
-            replaced.append(share.replaced)
+            fulls.append(share.sequence.num_tokens // core.layout.page_tokens)
+            if fulls[-1] > share.first_written:
+                written = share.pages[share.first_written : fulls[-1]]
+                core.table.seal(written[~core.table.is_sealed(written)])
         plan.created.clear()
-        return np.concatenate(replaced)
+        if not core.room.is_short(Tier.GPU):
+            for share, full in zip(plan.shares, fulls, strict=True):
+                if plan.is_resident or share.is_hot:
+                    core.leases.grant(share.sequence, share.pages[:full])
+        return np.concatenate([share.replaced for share in plan.shares])
 
     def _commit_write_through(self) -> None:
         core = self._core
