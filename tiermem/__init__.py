@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from tiermem.version import VERSION
+
 if TYPE_CHECKING:
     from tiermem.config import TierConfig
     from tiermem.errors import (
@@ -41,7 +43,7 @@ _HOMES = {
     "TransferError": "errors",
 }
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "ClosedError",
     "ConfigError",

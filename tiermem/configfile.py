@@ -63,7 +63,8 @@ def _read(path: Path) -> bytes:
     return data
 
 
-def _parse_json(text: str) -> object:
+def parse_json(text: str) -> object:
+    """What strict JSON holds; ConfigError for a key that is there twice and for NaN, else ValueError."""
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
@@ -80,4 +81,4 @@ def _refuse_constant(text: str) -> object:
     raise ConfigError(f"{text}: must be a finite number")
 
 
-_PARSERS: dict[str, Callable[[str], object]] = {".json": _parse_json, ".toml": tomllib.loads}
+_PARSERS: dict[str, Callable[[str], object]] = {".json": parse_json, ".toml": tomllib.loads}
