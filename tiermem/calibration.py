@@ -100,6 +100,16 @@ class Found:
     calibration: Calibration | None = None
     problem: str | None = None
 
+    def to_table(self) -> dict[str, object]:
+        """Names and plain values; `calibration` is what the file holds."""
+        made = self.calibration
+        return {
+            "path": None if self.path is None else str(self.path),
+            "calibration": None if made is None else made.to_table(),
+            "expires_s": None if made is None else made.expires_s,
+            "problem": self.problem,
+        }
+
 
 def cache_dir() -> Path:
     """The directory of this user's calibrations; it need not exist.

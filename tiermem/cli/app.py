@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from tiermem import __version__
-from tiermem.cli import doctor, generate, stats
+from tiermem.cli import calibrate, doctor, generate, stats
 from tiermem.cli.options import CommandParser
 from tiermem.errors import ConfigError, TierMemError
 
@@ -22,7 +22,7 @@ FAILED = 1
 MISUSED = 2
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
-COMMANDS = (generate, stats, doctor)
+COMMANDS = (generate, stats, doctor, calibrate)
 
 DESCRIPTION = """\
 A KV cache larger than the GPU: exact, tiered over GPU memory, pinned RAM and SSD."""
@@ -30,6 +30,7 @@ A KV cache larger than the GPU: exact, tiered over GPU memory, pinned RAM and SS
 EXAMPLES = """\
 examples:
   tiermem doctor                                     what this machine has, and what tiermem would use
+  tiermem calibrate                                  how fast it is; kept for all other commands
   tiermem generate --model DIR --prompt-file F --gpu 2MiB --ram 8MiB --ssd 1GiB
   tiermem stats --watch                              what every live TierManager is doing
 

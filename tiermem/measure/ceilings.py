@@ -51,6 +51,13 @@ MATRIX_PRODUCTS = 8
 """In one timed run, back to back."""
 
 
+LINEAR_SHAPE = (19200, 7168)
+"""Output and input features of the weights that `linear_read_rate` reads: the MLP of a 33B model."""
+LEAST_LINEAR_SHAPE = (4096, 2048)
+"""The same where the buffer is small."""
+MOST_LINEARS = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """How much is measured: at most so many bytes of hot and of host memory, and how often."""
@@ -119,6 +126,11 @@ class Ceilings:
         self._hot.free()
         self._host.free()
 
+    @property
+    def repeats(self) -> int:
+        """How often everything is measured."""
+        return self._effort.repeats
+
     def link_rate(self, direction: Direction) -> float:
         """Bytes/s of one large copy between pinned host memory and the device.
 
@@ -172,6 +184,10 @@ class Ceilings:
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of products of large square matrices of random numbers."""
         return self._once("matmul", dtype, measure=lambda: self._measure_matmul(dtype))
+
+    def linear_read_rate(self, dtype: torch.dtype) -> float:
+        """Bytes/s at which products with one row read their weights, as in decoding a token."""
+        return self._once("linear", dtype, measure=lambda: self._measure_linear(dtype))
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -244,6 +260,27 @@ class Ceilings:
 
         samples = time_device(self._device, run, self._effort.repeats, warmups=2)
         return MATRIX_PRODUCTS * 2 * side**3 / samples.median_s
+
+    def _measure_linear(self, dtype: torch.dtype) -> float:
+        weights = self._weights(dtype)
+        row = torch.ones(1, weights.shape[2], dtype=dtype, device=self._device.torch_device)
+
+        def run() -> None:
+            for weight in weights:
+                torch.nn.functional.linear(row, weight)
+
+        samples = time_device(self._device, run, self._effort.repeats, warmups=2)
+        return weights.numel() * dtype.itemsize / samples.median_s
+
+    def _weights(self, dtype: torch.dtype) -> torch.Tensor:
+        """Hot memory as (matrices, output features, input features)."""
+        data = self._hot.tensor.view(dtype)
+        fits = LINEAR_SHAPE[0] * LINEAR_SHAPE[1] * 2 <= data.numel()
+        rows, columns = LINEAR_SHAPE if fits else LEAST_LINEAR_SHAPE
+        count = min(data.numel() // (rows * columns), MOST_LINEARS)
+        if count == 0:
+            rows, columns, count = 1, data.numel(), 1
+        return data[: count * rows * columns].view(count, rows, columns)
 
 
 def link_rate(device: Device, direction: Direction) -> float:

@@ -1,0 +1,147 @@
+"""Calibration run: measures one part of the machine after another, keeps the figures and shows them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tiermem import calibration
+from tiermem.calibration import Calibration, Found
+from tiermem.cli.calibration_text import calibration_lines
+from tiermem.cli.notes import Progress, note
+from tiermem.cli.screen import terminal_width
+from tiermem.cli.step_rates import ON_CPU, ON_GPU, measure_steps
+from tiermem.device.discovery import choose, open_device, survey
+from tiermem.device.protocol import Device, DeviceKind, Direction
+from tiermem.errors import TierMemError
+from tiermem.machine import Machine
+from tiermem.measure.ceilings import FULL, QUICK, Ceilings
+from tiermem.measure.launches import kernel_time_s, launch_time_s
+from tiermem.rates import Rates
+
+QUICK_FACTOR = 4
+"""How many times shorter the context of a quick measurement is."""
+
+
+@dataclass
+class Run:
+    """One measurement of a machine: what is found piece by piece, and what went wrong."""
+
+    device: str
+    ssd_path: Path
+    quick: bool
+    rates: Rates = field(default_factory=Rates)
+    seconds: dict[str, float] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def measure(self) -> None:
+        """Measure every part; one that fails is noted, and the others are measured all the same."""
+        parts = self._parts()
+        for i, (name, part) in enumerate(parts):
+            Progress.show(f"calibrating {i + 1} of {len(parts)}: {name}")
+            start_s = time.perf_counter()
+            try:
+                part()
+            except (TierMemError, OSError, RuntimeError) as error:  # torch reports CUDA's so
+                self.problems.append(f"{name}: {error}")
+            self.seconds[name] = time.perf_counter() - start_s
+        Progress.clear()
+
+    def _parts(self) -> list[tuple[str, Callable[[], None]]]:
+        return [
+            ("memory and link", self._measure_ceilings),
+            ("attention and steps", self._measure_steps),
+        ]
+
+    def _measure_ceilings(self) -> None:
+        device = open_device(self.device)[0]
+        try:
+            with Ceilings(device, QUICK if self.quick else FULL) as ceilings:
+                self.rates = _ceiling_rates(ceilings, device).over(self.rates)
+        finally:
+            device.close()
+
+    def _measure_steps(self) -> None:
+        reference = ON_GPU if self.device.startswith("cuda") else ON_CPU
+        if self.quick:
+            reference = reference.reduced(QUICK_FACTOR)
+        self.rates = measure_steps(reference, self.device).over(self.rates)
+
+
+def measure_and_keep(device: str, ssd_path: Path | None, *, quick: bool, as_json: bool) -> int:
+    """Measure, keep, show; the exit code: 1 if a part could not be measured."""
+    from tiermem.cli.tier_options import device_name, private_base
+
+    place = private_base() / "tiermem" if ssd_path is None else ssd_path.expanduser()
+    name = device_name(choose(device, survey()))
+    run = Run(name, place, quick)
+    run.measure()
+    made = Calibration(_machine(device), time.time(), quick, run.rates)
+    path = calibration.save(made)
+    _show(Found(path, made), as_json, seconds=run.seconds, problems=run.problems)
+    for problem in run.problems:
+        note(problem)
+    return 1 if run.problems else 0
+
+
+def show_kept(device: str, as_json: bool) -> int:
+    """Show what is kept; none is no error."""
+    _show(calibration.load(_machine(device)), as_json)
+    return 0
+
+
+def forget_kept(device: str, as_json: bool) -> int:
+    """Remove what is kept; none is no error."""
+    path = calibration.forget(_machine(device))
+    if as_json:
+        print(json.dumps({"removed": None if path is None else str(path)}))
+    else:
+        print("there was no calibration" if path is None else f"removed {path}")
+    return 0
+
+
+def _machine(device: str) -> Machine:
+    report = survey()
+    return Machine.here(choose(device, report).gpu, report.driver_version)
+
+
+def _ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
+    on_gpu = device.kind is DeviceKind.CUDA
+    threads = torch.get_num_threads()
+    dtype = torch.float16 if on_gpu else torch.float32
+    return Rates(
+        link_to_device=ceilings.link_rate(Direction.HOST_TO_DEVICE),
+        link_to_host=ceilings.link_rate(Direction.DEVICE_TO_HOST),
+        link_both=ceilings.two_way_link_rate(),
+        hbm_read=ceilings.hbm_read_rate(),
+        hbm_copy=ceilings.hbm_copy_rate(),
+        ram_read_one=ceilings.ram_read_rate(1),
+        ram_read=ceilings.ram_read_rate(threads),
+        ram_copy=ceilings.ram_copy_rate(threads),
+        matmul=ceilings.matmul_rate(dtype),
+        linear_read=ceilings.linear_read_rate(dtype),
+        kernel_s=kernel_time_s(device, ceilings.repeats),
+        launch_s=launch_time_s(device, ceilings.repeats),
+    )
+
+
+def _show(found: Found, as_json: bool, **more: object) -> None:
+    if as_json:
+        print(json.dumps({**found.to_table(), **more}, indent=2))
+    else:
+        print("\n".join(_lines(found)))
+
+
+def _lines(found: Found) -> Iterator[str]:
+    made = found.calibration
+    if made is None:
+        yield found.problem or f"no calibration of this machine: {calibration.FIX}"
+        return
+    yield from calibration_lines(made, time.time(), terminal_width(sys.stdout))
+    yield f"kept in {found.path}"

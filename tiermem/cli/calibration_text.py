@@ -1,0 +1,68 @@
+"""Calibration text: measured rates as a short table, and as a share of what the hardware is made for."""
+
+from __future__ import annotations
+
+from tiermem.calibration import Calibration
+from tiermem.cli.human import NOTHING, duration_text, rate_text, share_text
+from tiermem.cli.table import Align, Table
+from tiermem.rates import Rates
+
+_BYTES = (
+    ("link_to_device", "RAM to GPU"),
+    ("link_to_host", "GPU to RAM"),
+    ("link_both", "both at once"),
+    ("hbm_read", "GPU memory, read"),
+    ("hbm_copy", "GPU memory, copy"),
+    ("ram_read_one", "RAM, read by 1 thread"),
+    ("ram_read", "RAM, read by all"),
+    ("ram_copy", "RAM, copied by all"),
+    ("disk_read", "SSD, read"),
+    ("disk_write", "SSD, write"),
+    ("linear_read", "weights, 1 row"),
+    ("decode_read", "decode attention"),
+)
+_FLOPS = (("matmul", "matrix products"), ("prefill", "prefill attention"))
+_TIMES = (
+    ("attend_s", "shortest attention"),
+    ("kernel_s", "kernel in a graph"),
+    ("launch_s", "launch of a kernel"),
+    ("step_s", "step, enter and leave"),
+    ("layer_s", "append and attend"),
+)
+
+
+def calibration_lines(made: Calibration, now_s: float, width: int | None) -> list[str]:
+    """What was measured, when, and until when it is used."""
+    age, left = duration_text(now_s - made.made_s), duration_text(made.expires_s - now_s)
+    how = "in haste" if made.quick else "with care"
+    return [
+        *rate_table(made.rates).lines(width),
+        "",
+        f"measured {how} {age} ago, used for another {left}",
+    ]
+
+
+def rate_table(rates: Rates, bounds: Rates | None = None) -> Table:
+    """What is known of `rates`, and as a share of `bounds` where those are known."""
+    known, most = rates.to_table(), {} if bounds is None else bounds.to_table()
+    rows = [(text, rate_text(known[name] / 1e9), name) for name, text in _BYTES if name in known]
+    rows += [(text, flops_text(known[name]), name) for name, text in _FLOPS if name in known]
+    rows += [(text, time_text(known[name]), name) for name, text in _TIMES if name in known]
+    shares = {name: known[name] / bound for name, bound in most.items() if name in known}
+    if not shares:
+        return Table(("", ""), tuple(row[:2] for row in rows), (Align.LEFT, Align.RIGHT))
+    body = tuple(
+        (text, value, share_text(shares[name]) if name in shares else NOTHING)
+        for text, value, name in rows
+    )
+    return Table(("measured", "rate", "of the hardware's"), body)
+
+
+def flops_text(flops: float) -> str:
+    """Operations a second with three digits."""
+    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
+
+
+def time_text(seconds: float) -> str:
+    """A short time with three digits."""
+    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
