@@ -1,0 +1,119 @@
+"""Captured decode: a model's decode step recorded as a CUDA graph and replayed while its sequences grow.
+
+Launching a decode step's kernels one by one costs the host more than the device needs to run them. A graph is
+launched at once; the tables that change from step to step are written in place before it (`resident`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from tiermem.manager import TierManager
+from tiermem.sequence import Sequence
+from tiermem.step import Step
+
+log = logging.getLogger("tiermem")
+
+Result = TypeVar("Result")
+MOST_GRAPHS = 8
+"""Graphs that are kept, for batches of different sizes; the ones used longest ago go first."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Captured(Generic[Result]):
+    """One graph, the tensors that it reads its inputs from, and what it leaves its results in."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[torch.Tensor, ...]
+    result: Result
+
+
+class CapturedDecode(Generic[Result]):
+    """One new token for each of some sequences: `body` run by graph replay where that can be, else as it is.
+
+    A graph is captured at the second step of a batch of one size, and again when its tables outgrow their memory.
+    Steps run as they are on a device without graphs, where pages are not hot, and where `body` cannot be captured
+    (it waits for the device or reads something back): a warning says so once.
+
+    Parameters
+    ----------
+    manager: whose sequences are decoded.
+    body: called with a step and the inputs; appends and attends every layer and returns tensors. It must do the
+        same work for inputs of the same shapes, whatever their values, and keep what it reads besides them at
+        its address.
+    """
+
+    def __init__(self, manager: TierManager, body: Callable[..., Result]) -> None:
+        self._manager = manager
+        self._body = body
+        self._graphs: dict[tuple[object, ...], Captured[Result]] = {}
+        self._warm: set[tuple[object, ...]] = set()
+        self._can_capture = manager.torch_device.type == "cuda"
+        self._memory = torch.cuda.graph_pool_handle() if self._can_capture else None
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs that can be replayed now."""
+        return len(self._graphs)
+
+    def run(self, sequences: SequenceOf[Sequence], *inputs: torch.Tensor) -> Result:
+        """Decode one token of each of `sequences`; what `body` returned.
+
+        Parameters
+        ----------
+        inputs: tensors on the manager's device; `body` gets them, or copies that lie at fixed addresses.
+
+        Returns
+        -------
+        The result of `body`. Tensors in it may be written by the next call with as many sequences.
+
+        Raises
+        ------
+        As `TierManager.step` and `body`.
+        """
+        with self._manager.step(sequences, 1) as step:
+            tables = step.resident_tables
+            if tables is None or not self._can_capture:
+                return self._body(step, *inputs)
+            shapes = tuple((value.shape, value.dtype) for value in inputs)
+            key = (tables, *shapes)
+            captured = self._graphs.pop(key, None)
+            if captured is None and shapes not in self._warm:
+                # As it is, so that every kernel is compiled and loaded before the capture.
+                self._warm.add(shapes)
+                return self._body(step, *inputs)
+            if captured is None:
+                captured = self._capture(step, inputs)
+            if captured is None:
+                return self._body(step, *inputs)
+            self._graphs[key] = captured
+            for place, value in zip(captured.inputs, inputs, strict=True):
+                place.copy_(value)
+            captured.graph.replay()
+            step.note_replay()
+        self._drop_oldest()
+        return captured.result
+
+    def _capture(self, step: Step, inputs: tuple[torch.Tensor, ...]) -> Captured[Result] | None:
+        """Record `body`, which runs nothing yet; None where it cannot be."""
+        places = tuple(value.clone() for value in inputs)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._memory):
+                result = self._body(step, *places)
+        except RuntimeError as error:  # what torch raises for work that a capture does not allow
+            self._can_capture = False
+            log.warning("decode steps are not captured as CUDA graphs: %s", error)
+            step.begin_again()
+            return None
+        return Captured(graph, places, result)
+
+    def _drop_oldest(self) -> None:
+        if len(self._graphs) > MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
