@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from tiermem import __version__
-from tiermem.cli import calibrate, doctor, generate, stats
+from tiermem.cli import bench, calibrate, doctor, generate, stats
 from tiermem.cli.options import CommandParser
 from tiermem.errors import ConfigError, TierMemError
 
@@ -22,7 +22,7 @@ FAILED = 1
 MISUSED = 2
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
-COMMANDS = (generate, stats, doctor, calibrate)
+COMMANDS = (generate, stats, doctor, calibrate, bench)
 
 DESCRIPTION = """\
 A KV cache larger than the GPU: exact, tiered over GPU memory, pinned RAM and SSD."""

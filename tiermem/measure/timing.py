@@ -134,7 +134,7 @@ def flusher(device: Device) -> Work:
 
 def _time_once(device: Device, run: Work, streams: Sequence[Stream]) -> float:
     first, *others = streams
-    clock = _torch_stream(device, first)
+    clock = torch_stream(device, first)
     start = torch.cuda.Event(enable_timing=True)
     end = torch.cuda.Event(enable_timing=True)
     start.record(clock)
@@ -149,7 +149,7 @@ def _time_once(device: Device, run: Work, streams: Sequence[Stream]) -> float:
     return float(start.elapsed_time(end)) / 1000
 
 
-def _torch_stream(device: Device, stream: Stream) -> torch.cuda.Stream:
+def torch_stream(device: Device, stream: Stream) -> torch.cuda.Stream:
     """The stream as torch records events on it."""
     from tiermem.device import cuda
     from tiermem.device.cuda_events import CudaStream

@@ -1,0 +1,180 @@
+"""How near do pages written to and read from scattered slots of the cold tier come to raw direct I/O?"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tiermem.bench.disk_ceiling import RawRates, measure_raw
+from tiermem.bench.result import GIGA, Ceiling, Parameters, Result, Subject, measured, rates
+from tiermem.bench.run import Run, Scale
+from tiermem.device.protocol import Memory
+from tiermem.errors import ConfigError, CorruptPageError
+from tiermem.layout import PageLayout
+from tiermem.measure.timing import Samples, time_host
+from tiermem.store import ColdStore, StoreTransfer
+
+NAME = "disk"
+TARGET = 95.0
+TIMEOUT_S = 120.0
+SPARE_BYTES = 64 << 20
+"""Beyond the slots: the index, and something for everybody else on the disk."""
+SLOT_EXTRA = 8192
+"""Of each slot, set aside for its trailer and its part of the index."""
+BATCH_BYTES = 256 << 20
+"""In one transfer; several are in flight."""
+POISON = 0xA5
+
+# 8 KV heads of 128 elements, 64 tokens a page, fp16: 256 KiB a layer.
+FULL_LAYERS = (64, 8)
+QUICK_LAYERS = (4,)
+
+
+def run(bench: Run) -> Iterator[Result]:
+    """Every row of the benchmark.
+
+    Raises
+    ------
+    ConfigError: the disk has no room, or no store can be there; nothing was written then.
+    CorruptPageError: what was read back is not what was written.
+    """
+    total = bench.pick(gpu=4 << 30, cpu=512 << 20, quick_gpu=64 << 20, quick_cpu=16 << 20)
+    layouts = FULL_LAYERS if bench.scale is Scale.FULL else QUICK_LAYERS
+    _check_room(bench.directory, total, min(layouts))
+    memory = bench.device.allocate_host(total)
+    try:
+        bench.progress("disk: raw direct I/O")
+        with _own_directory(bench.directory) as path:
+            raw = measure_raw(path / "raw", memory, bench.scale)
+        for num_layers in layouts:
+            layout = PageLayout(num_layers, 8, 128, "float16", 64)
+            with _own_directory(bench.directory) as path:
+                yield from _StoreRows(bench, layout, memory, raw).rows(path / "store")
+    finally:
+        memory.free()
+
+
+class _StoreRows:
+    """Writes and reads of one page size."""
+
+    def __init__(self, bench: Run, layout: PageLayout, memory: Memory, raw: RawRates) -> None:
+        self._bench = bench
+        self._layout = layout
+        self._memory = memory
+        self._raw = raw
+        num_pages = memory.num_bytes // layout.slot_bytes
+        self._slots = np.random.default_rng(layout.num_layers).permutation(num_pages)
+        self._at = memory.address + np.arange(num_pages, dtype=np.int64) * layout.slot_bytes
+        self._repeats = min(bench.repeats, 4)
+
+    def rows(self, path: Path) -> Iterator[Result]:
+        """A row for writing and one for reading."""
+        layout, pages = self._layout, len(self._slots)
+        cap_bytes = pages * (layout.slot_bytes + SLOT_EXTRA) + SPARE_BYTES // 2
+        store = ColdStore(path, layout, cap_bytes, "auto", TIMEOUT_S)
+        try:
+            _fill(self._memory, layout.num_layers)
+            self._bench.progress(f"disk: writing pages of {layout.slot_bytes >> 10} KiB")
+            # the run before those that count meets extents that were never written
+            written = time_host(lambda: self._write(store), self._repeats)
+            yield self._row("write", store, written, self._raw.write, self._raw.write_name)
+            self._bench.progress(f"disk: reading pages of {layout.slot_bytes >> 10} KiB")
+            read = time_host(lambda: self._read(store), self._repeats, prepare=self._poison)
+            _check(self._memory, layout.num_layers)
+            yield self._row("read", store, read, self._raw.read, self._raw.read_name)
+        finally:
+            store.close()
+
+    def _row(
+        self, way: str, store: ColdStore, samples: Samples, ceiling: float, ceiling_name: str
+    ) -> Result:
+        num_bytes = len(self._slots) * self._layout.slot_bytes
+        parameters: Parameters = {"way": way, "page_bytes": self._layout.slot_bytes, "total_bytes": num_bytes,
+                      "engine": store.io_kind}  # fmt: skip
+        subject = Subject(NAME, "pages", parameters, "GB/s", target_percent=self._bench.aim(TARGET))
+        return measured(subject, rates(samples, num_bytes), Ceiling(ceiling_name, ceiling / GIGA))
+
+    def _write(self, store: ColdStore) -> None:
+        for _ in self._transfer(
+            lambda part: store.write(self._slots[part], self._at[part], [None] * _size(part))
+        ):
+            pass
+
+    def _read(self, store: ColdStore) -> None:
+        """Read and verify: pages are data only then."""
+        for transfer in self._transfer(lambda part: store.read(self._slots[part], self._at[part])):
+            good = store.verify(transfer)
+            if not good.all():
+                raise CorruptPageError(
+                    f"disk: {int((~good).sum())} of {len(good)} pages came back damaged"
+                )
+
+    def _transfer(self, submit: Callable[[slice], StoreTransfer]) -> Iterator[StoreTransfer]:
+        """Submit everything in batches; then each batch once it has ended."""
+        pages = len(self._slots)
+        step = max(1, BATCH_BYTES // self._layout.slot_bytes)
+        parts = [slice(start, min(start + step, pages)) for start in range(0, pages, step)]
+        transfers = [submit(part) for part in parts]
+        for transfer in transfers:
+            while not transfer.poll():
+                transfer.wait()
+            yield transfer
+
+    def _poison(self) -> None:
+        self._memory.tensor.fill_(POISON)
+
+
+def _size(part: slice) -> int:
+    return int(part.stop) - int(part.start)
+
+
+def _check_room(directory: Path, total: int, fewest_layers: int) -> None:
+    slot_bytes = PageLayout(fewest_layers, 8, 128, "float16", 64).slot_bytes
+    wanted = total + total // slot_bytes * SLOT_EXTRA + SPARE_BYTES
+    try:
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror or error}") from error
+    if wanted > free:
+        raise ConfigError(
+            f"the disk benchmark writes {wanted} bytes, {free} bytes are free in {directory}: free "
+            f"some, or give another --ssd-path"
+        )
+
+
+@contextmanager
+def _own_directory(base: Path) -> Iterator[Path]:
+    try:
+        path = Path(tempfile.mkdtemp(prefix="tiermem-bench-", dir=base))
+    except OSError as error:
+        raise ConfigError(
+            f"{base}: nothing can be written there: {error.strerror or error}"
+        ) from error
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _fill(memory: Memory, seed: int) -> None:
+    words = memory.tensor[: memory.num_bytes // 8 * 8].view(torch.int64)
+    torch.arange(seed, seed + len(words), out=words)
+
+
+def _check(memory: Memory, seed: int) -> None:
+    """Every page came back to where it was written from, so the memory is as `_fill` left it."""
+    words = memory.tensor[: memory.num_bytes // 8 * 8].view(torch.int64)
+    step = BATCH_BYTES // 8
+    for start in range(0, len(words), step):
+        part = words[start : start + step]
+        wrong = part != torch.arange(seed + start, seed + start + len(part))
+        if bool(wrong.any()):
+            raise CorruptPageError(
+                f"disk: {int(wrong.sum())} of {len(part)} words read back differ from those written"
+            )

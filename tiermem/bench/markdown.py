@@ -1,0 +1,89 @@
+"""Markdown: tables of saved results for documents, between markers that a command replaces."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from tiermem.bench.result import Result
+from tiermem.bench.result_file import SavedResult
+from tiermem.bench.words import parameters_text, value_text
+from tiermem.errors import ConfigError
+
+_MARKED = re.compile(r"(<!-- bench:([a-z0-9_-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+SHORT_COMMIT = 12
+
+
+def markdown_tables(saved: Sequence[SavedResult]) -> dict[str, str]:
+    """One table for each benchmark, in the order of the results."""
+    names = dict.fromkeys(item.result.subject.benchmark for item in saved)
+    return {
+        name: _table([item for item in saved if item.result.subject.benchmark == name])
+        for name in names
+    }
+
+
+def fill_markers(text: str, tables: Mapping[str, str], where: str) -> str:
+    """`text` with each table between its markers; markers of other names stay as they are.
+
+    Raises
+    ------
+    ConfigError: `text` has none of the markers.
+    """
+    names = {match[2] for match in _MARKED.finditer(text)}
+    if not names & set(tables):
+        wanted = " or ".join(f"<!-- bench:{name} -->" for name in tables)
+        raise ConfigError(f"{where}: has no {wanted} with <!-- /bench --> behind it")
+
+    def fill(match: re.Match[str]) -> str:
+        table = tables.get(match[2])
+        return match[0] if table is None else f"{match[1]}{table}{match[4]}"
+
+    return _MARKED.sub(fill, text)
+
+
+def _table(saved: Sequence[SavedResult]) -> str:
+    """Rows of all runs, each run under a line that names its machine and commit."""
+    lines = []
+    for machine, commit in dict.fromkeys((item.machine, item.commit) for item in saved):
+        chosen = [item.result for item in saved if (item.machine, item.commit) == (machine, commit)]
+        lines += [
+            "| what | parameters | median | p5 – p95 | of the ceiling | aim | ceiling |",
+            "|---|---|---|---|---|---|---|",
+            *(_row(result) for result in chosen),
+            "",
+            f"{machine}; commit {_short(commit)}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _row(result: Result) -> str:
+    subject, figures, ceiling = result.subject, result.figures, result.ceiling
+    share = result.percent_of_ceiling
+    cells = [
+        subject.name,
+        parameters_text(subject.parameters),
+        "skipped" if figures is None else f"{value_text(figures.median)} {subject.unit}",
+        "" if figures is None else f"{value_text(figures.p5)} – {value_text(figures.p95)}",
+        "" if share is None else f"{share:.1f} %",
+        _aim(result),
+        result.skipped or "" if ceiling is None else f"{ceiling.name}: {value_text(ceiling.value)}",
+    ]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _aim(result: Result) -> str:
+    subject = result.subject
+    if subject.target_percent is not None:
+        text = f"{subject.target_percent:g} %"
+    elif subject.budget is not None:
+        text = f"{subject.budget:g} {subject.unit}"
+    else:
+        return ""
+    return {True: f"{text}: met", False: f"{text}: missed", None: text}[result.meets_aim]
+
+
+def _short(commit: str) -> str:
+    name, _, changes = commit.partition("+")
+    return f"{name[:SHORT_COMMIT]} with changes" if changes else name[:SHORT_COMMIT]
