@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tiermem.attention import TORCH_DTYPES, PagedTables, PoolView, SlotHolds
+from tiermem.attention import TORCH_DTYPES, PagedTables, PoolView, SlotHolds, WorkList
 from tiermem.attention.backend import AttentionBackend
 from tiermem.attention.reference import ReferenceBackend
+from tiermem.attention.work_list import NO_SEQUENCE, PlannedWork
 from tiermem.layout import PageLayout
 
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.2e-2, "float32": 1e-5}
@@ -116,6 +117,8 @@ class Case:
             name: getattr(tables, name).to(device)
             for name in ("block_table", "num_pages", "kv_end", "row_starts", "q_start")
         }
+        if tables.work is not None:
+            moved["work"] = replace(tables.work, rows=tables.work.rows.to(device))
         starts = None if tables.page_starts is None else tables.page_starts.to(device)
         return replace(
             self,
@@ -161,6 +164,23 @@ def split_pages(case: Case, parts: int) -> list[Case]:
         )
         cases.append(replace(case, tables=some))
     return cases
+
+
+def with_work(case: Case, backend: AttentionBackend, padding: int = 0) -> Case:
+    """The same case with the backend's plan, followed by `padding` unused rows and partial results."""
+    planned = backend.plan(case.pool.layout, case.tables.kv_end.cpu().long().numpy())
+    assert planned is not None
+    work = on_device(planned, case.q.device, padding)
+    return replace(case, tables=replace(case.tables, work=work))
+
+
+def on_device(planned: PlannedWork, device: torch.device, padding: int = 0) -> WorkList:
+    """What a step makes of a plan."""
+    rows = torch.from_numpy(planned.rows.copy())
+    unused = torch.zeros((padding, rows.shape[1]), dtype=torch.int32)
+    unused[:, 0] = NO_SEQUENCE
+    rows = torch.cat([rows, unused]).to(device)
+    return WorkList(rows, planned.max_splits, planned.num_partials + padding)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -94,6 +94,41 @@ def test_splits_of_any_number(num_sms: int) -> None:
     cases.check(case, case.run(_backend(num_sms=num_sms)))
 
 
+@pytest.mark.parametrize("num_sms", [1, 3])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "head_dim", "page_tokens"),
+    [(2, 7, 128, 64), (1, 16, 64, 16), (3, 1, 64, 128), (1, 20, 64, 32), (1, 3, 80, 16)],
+)
+def test_decode_by_a_work_list(
+    kv_heads: int, group: int, head_dim: int, page_tokens: int, num_sms: int
+) -> None:
+    stored = (1, 31, 32, 33, 200, 65, 64)
+    shape = Shape(kv_heads, group, head_dim, page_tokens, "float16", (1,) * len(stored), stored)
+    case = make_case(shape, seed=num_sms)
+    for capability in ((9, 0), (8, 0)):
+        backend = _backend(capability, num_sms)
+        cases.check(case, cases.with_work(case, backend, padding=2).run(backend))
+
+
+def test_a_work_list_stays_valid_while_lengths_change() -> None:
+    stored = (250, 40)
+    case = make_case(Shape(1, 2, 64, 64, "float16", (1, 1), stored), seed=5)
+    backend = _backend(num_sms=3)
+    for planned_for in ((190, 1), (256, 250)):
+        tables = replace(case.tables, kv_end=torch.tensor(planned_for, dtype=torch.int32))
+        work = cases.with_work(replace(case, tables=tables), backend).tables.work
+        assert work is not None and work.max_splits > 1
+        later = replace(case, tables=replace(case.tables, work=work))
+        cases.check(later, later.run(backend))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.2, 1.5])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_any_scale(scale: float, rows: int) -> None:
+    case = make_case(Shape(1, 2, 64, 16, "float32", (rows,), (70,), scale=scale), seed=rows)
+    cases.check(case, case.run(_backend()))
+
+
 def test_rows_that_see_nothing_and_sequences_without_pages_or_rows() -> None:
     case = make_case(Shape(kv_heads=1, rows=(2, 0, 1, 3), stored=(20, 33, 9, 18)), seed=1)
     tables = replace(

@@ -11,14 +11,17 @@ from tiermem.attention.pool_view import (
     ProductMath,
     SlotHolds,
 )
+from tiermem.attention.work_list import PlannedWork, WorkList
 
 __all__ = [
     "TORCH_DTYPES",
     "AttentionBackend",
     "HostBackend",
     "PagedTables",
+    "PlannedWork",
     "PoolView",
     "ProductMath",
     "SlotHolds",
+    "WorkList",
     "backend_for",
 ]

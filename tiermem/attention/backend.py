@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tiermem.attention.host import HostBackend
 from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView, ProductMath
+from tiermem.attention.work_list import PlannedWork
+from tiermem.layout import PageLayout
 
 OLDEST_CAPABILITY = (7, 5)
 """Compute capability of the T4, the oldest GPU that tiermem's kernels are built for."""
@@ -19,6 +23,19 @@ class AttentionBackend(Protocol):
     Every method works on the current stream of the tensors' device, returns before the device has
     finished, and neither waits for the device nor reads anything back from it: a CUDA graph may capture it.
     """
+
+    def plan(self, layout: PageLayout, kv_lens: NDArray[np.int64]) -> PlannedWork | None:
+        """How to divide decoding among programs: once a step, for all layers; see WorkList.
+
+        Parameters
+        ----------
+        kv_lens: (B,) tokens that each sequence's only query row sees, on the host. The plan stays valid
+            while they grow, and good while they grow by few pages.
+
+        Returns
+        -------
+        What to upload and pass in PagedTables.work; None where the backend has no use for it.
+        """
 
     def store(
         self,

@@ -11,10 +11,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tiermem.attention.arguments import check_attend, check_merge, check_store
 from tiermem.attention.pool_view import PagedTables, PoolView
+from tiermem.layout import PageLayout
 
 TILE_ROWS = 256
 """Query rows that go through a chunk of keys together."""
@@ -76,6 +79,9 @@ class _Softmax:
 
 class HostBackend:
     """Attention through torch on the CPU; see AttentionBackend. Everything is done on return."""
+
+    def plan(self, layout: PageLayout, kv_lens: NDArray[np.int64]) -> None:
+        """Nothing: there are no programs to divide work among."""
 
     def store(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from tiermem.attention.work_list import WorkList
 from tiermem.layout import PageLayout
 
 TORCH_DTYPES = {
@@ -57,6 +59,8 @@ class PoolView:
     slot_items: int
     num_slots: int
     holds: SlotHolds = SlotHolds.WHOLE_PAGE
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """For backends alone: what they worked out for this view once."""
 
     def __post_init__(self) -> None:
         dtype = TORCH_DTYPES[self.layout.dtype]
@@ -123,6 +127,8 @@ class PagedTables:
     max_rows, max_pages: no sequence has more query rows or pages. They size the launch, so that nothing
         is read back from the device.
     num_rows: query rows of all sequences.
+    work: how decoding is divided among programs, from the backend's `plan`; None: evenly. Only where each
+        sequence has one row and pages are in order.
 
     Raises
     ------
@@ -138,6 +144,9 @@ class PagedTables:
     max_rows: int
     max_pages: int
     num_rows: int
+    work: WorkList | None = None
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """For backends alone: what they worked out for these tables once."""
 
     def __post_init__(self) -> None:
         batch = self.num_sequences
@@ -153,11 +162,27 @@ class PagedTables:
         devices = {tensor.device for tensor in (self.block_table, *others)}
         if len(devices) > 1:
             raise ValueError(f"tables on {', '.join(sorted(map(str, devices)))}: must be on one")
+        if self.work is not None:
+            self._check_work(self.work)
 
     @property
     def num_sequences(self) -> int:
         """B, the sequences in the batch."""
         return self.num_pages.numel()
+
+    def _check_work(self, work: WorkList) -> None:
+        batch = self.num_sequences
+        if self.page_starts is not None or self.max_rows != 1 or self.num_rows != batch:
+            raise ValueError(
+                f"a work list for {self.num_rows} rows of {batch} sequences, at most {self.max_rows} each: "
+                f"must be one row each and pages in order"
+            )
+        if work.rows.shape[0] < batch:
+            raise ValueError(f"a work list of {work.rows.shape[0]} rows: must be at least {batch}")
+        if work.rows.device != self.num_pages.device:
+            raise ValueError(
+                f"a work list on {work.rows.device}: tables are on {self.num_pages.device}"
+            )
 
 
 def _check_table(name: str, table: torch.Tensor, batch: int, max_pages: int) -> None:

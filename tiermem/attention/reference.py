@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tiermem.attention.arguments import check_attend, check_merge, check_store
 from tiermem.attention.pool_view import PagedTables, PoolView
+from tiermem.layout import PageLayout
 
 
 class ReferenceBackend:
@@ -19,6 +22,9 @@ class ReferenceBackend:
 
     `out_dtype` may be float64 too: then the lse is float64 as well.
     """
+
+    def plan(self, layout: PageLayout, kv_lens: NDArray[np.int64]) -> None:
+        """Nothing: there are no programs to divide work among."""
 
     def store(
         self,

@@ -1,16 +1,20 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The kernel that attends over pages: decode and chunked prefill, with split K and V.
+"""The kernel that attends over pages of any kind: decode and chunked prefill, with split K and V.
 
 Query rows and the query heads that share a head of K and V are packed into one tile of BLOCK_M items, so
 that each tile of K and V is read once for all of them. Decode and prefill differ in the size of the tiles
 and in the number of splits alone. Sums and softmax are float32 with a running maximum (Dao et al. 2022,
 arXiv:2205.14135); splits are merged afterwards (Flash-Decoding, Dao et al. 2023).
+
+K and V are loaded through pointers, which works on every GPU, or, whole tiles of a page on those with a
+tensor memory accelerator, through a descriptor of the pool.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -56,16 +60,17 @@ def _load_tokens(
 @triton.jit
 def _fold(queries, k, v, peak, total, weighted, seen, scale_log2, MASKED: tl.constexpr):
     """Add a tile of K and V to the running softmax; rows see all of it, or what `seen` says if MASKED."""
-    # The scale comes after the dot product, in float32: half precision would overflow.
-    scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale_log2
+    # The scale comes after the dot product, in float32: half precision would overflow. It is positive, so
+    # that it may come after the maximum too, and then costs nothing: exp2's argument is one multiply-add.
+    scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
     if MASKED:
         scores = tl.where(seen, scores, -float("inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
     anchor = new_peak
     if MASKED:
         # -inf - -inf would be NaN in a row that has seen nothing yet.
         anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-    weights = tl.exp2(scores - anchor[:, None])
+    weights = tl.exp2(scores * scale_log2 - anchor[:, None])
     decay = tl.exp2(peak - anchor)
     total = total * decay + tl.sum(weights, 1)
     weighted = tl.dot(weights.to(v.dtype), v, weighted * decay[:, None], input_precision="ieee")
@@ -81,6 +86,8 @@ def _sweep(
     tile_start,
     tile_end,
     head_ptr,
+    kv_desc,
+    head_row,
     table_ptr,
     starts_ptr,
     slot_items,
@@ -100,11 +107,12 @@ def _sweep(
     HAS_WINDOW: tl.constexpr,
     WIDEN: tl.constexpr,
     MASKED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """Fold the tiles of BLOCK_N tokens from tile_start to tile_end into the running softmax.
 
     Without MASKED every row must see every token of them. With it, tokens that no row sees are not read:
-    they may be NaN, and 0 * NaN is NaN.
+    they may be NaN, and 0 * NaN is NaN. With DESCRIBED, K and V come through the descriptor.
     """
     ONE_PAGE: tl.constexpr = BLOCK_N <= PAGE_TOKENS
     offsets = tl.arange(0, BLOCK_N)
@@ -113,6 +121,7 @@ def _sweep(
     slots = tl.load(table_ptr + entries, mask=entries < num_pages, other=0)
     for tile in tl.range(tile_start, tile_end, num_stages=NUM_STAGES):
         in_page = (tile * BLOCK_N % PAGE_TOKENS) + offsets % PAGE_TOKENS
+        slot_row = head_row + slots * (slot_items // HEAD_DIM).to(tl.int32)
         k_ptr = _token_pointers(head_ptr, slots, slot_items, in_page, dims, HEAD_DIM, ONE_PAGE)
         # The next tile's slots are asked for one tile ahead, so that no load waits for its address.
         following = tl.minimum(tile + 1, tile_end - 1)
@@ -125,9 +134,14 @@ def _sweep(
             page_starts = tl.load(starts_ptr + entries, mask=entries < num_pages, other=0)
         tokens = page_starts + in_page
         there = (tokens >= seen_start) & (tokens < seen_end) & (entries < num_pages)
-        k = _load_tokens(k_ptr, there, dims, HEAD_DIM, HEAD_BLOCK, MASKED)
-        v_ptr = k_ptr + KV_HEADS * PAGE_TOKENS * HEAD_DIM
-        v = _load_tokens(v_ptr, there, dims, HEAD_DIM, HEAD_BLOCK, MASKED)
+        if DESCRIBED:
+            row = slot_row + tile * BLOCK_N % PAGE_TOKENS
+            k = kv_desc.load([row, 0])
+            v = kv_desc.load([row + KV_HEADS * PAGE_TOKENS, 0])
+        else:
+            k = _load_tokens(k_ptr, there, dims, HEAD_DIM, HEAD_BLOCK, MASKED)
+            v_ptr = k_ptr + KV_HEADS * PAGE_TOKENS * HEAD_DIM
+            v = _load_tokens(v_ptr, there, dims, HEAD_DIM, HEAD_BLOCK, MASKED)
         if WIDEN:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
@@ -149,12 +163,17 @@ def _tile_bounds(
     window,
     split,
     num_splits,
+    chunk_start,
+    chunk_end,
     PAGE_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_WORK: tl.constexpr,
 ):
     """Which tokens the rows from first_position to last_position see, in tiles in the table's order.
+
+    A split is an even share of what they see, or with HAS_WORK what lies between chunk_start and chunk_end.
 
     Returns
     -------
@@ -181,41 +200,43 @@ def _tile_bounds(
         whole_start = tile_last
         whole_end = tile_last
     tile_count = tl.maximum(tile_last - tile_first, 0)
-    tile_start = tile_first + tile_count * split // num_splits
-    tile_end = tile_first + tile_count * (split + 1) // num_splits
+    if HAS_WORK:
+        tile_start = tl.minimum(chunk_start // BLOCK_N, tile_last)
+        tile_end = tl.maximum(
+            tl.cdiv(tl.minimum(chunk_end, tl.minimum(seen_end, stored)), BLOCK_N), tile_start
+        )
+    else:
+        tile_start = tile_first + tile_count * split // num_splits
+        tile_end = tile_first + tile_count * (split + 1) // num_splits
     whole_start = tl.minimum(tl.maximum(whole_start, tile_start), tile_end)
     whole_end = tl.minimum(tl.maximum(whole_end, whole_start), tile_end)
     return seen_start, seen_end, tile_start, whole_start, whole_end, tile_end
 
 
-@triton.jit(
-    do_not_specialize=[
-        "table_stride",
-        "starts_stride",
-        "window",
-        "num_rows",
-        "num_splits",
-        "num_tiles",
-    ]
-)
-def attend_pages(
+@triton.jit
+def attend_pages(  # noqa: PLR0915 - a kernel keeps its state in local variables
     q_ptr,
+    out_ptr,
+    lse_ptr,
+    part_ptr,
+    part_lse_ptr,
+    layer_offset,
     kv_ptr,
+    kv_desc,
+    work_ptr,
     block_table_ptr,
     page_starts_ptr,
     num_pages_ptr,
     kv_end_ptr,
     row_starts_ptr,
     q_start_ptr,
-    out_ptr,
-    lse_ptr,
     q_row_stride,
     q_head_stride,
     table_stride,
     starts_stride,
-    slot_items: tl.int64,
-    layer_offset: tl.int64,
+    slot_items,
     scale_log2,
+    q_sign,
     window,
     num_rows,
     num_splits,
@@ -228,24 +249,49 @@ def attend_pages(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    HAS_WORK: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     WIDEN: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Attend one tile of BLOCK_M items (row, query head of the group) over one split of what they see.
 
-    Grid: sequences * num_tiles * num_splits * KV_HEADS, the head fastest: neighbours then read
-    neighbouring parts of the same page. Output is (num_splits, num_rows, KV_HEADS * GROUP, HEAD_DIM) and
-    lse (num_splits, num_rows, KV_HEADS * GROUP), natural logarithm; 0 and -inf where nothing is seen.
-    `scale_log2` is the scale times log2(e). With WIDEN products are of float32 operands, whatever is stored.
-    See PagedTables for what a row sees.
+    Grid: sequences * num_tiles * num_splits * KV_HEADS, or with HAS_WORK chunks * KV_HEADS, the head
+    fastest: neighbours then read neighbouring parts of the same page. A sequence that is not split has its
+    result in out (num_rows, KV_HEADS * GROUP, HEAD_DIM) and lse (num_rows, KV_HEADS * GROUP), natural
+    logarithm; 0 and -inf where nothing is seen. Splits have theirs in parts of the same shape, float32:
+    (num_splits, num_rows, ...), or with HAS_WORK (num_partials, ...). See PagedTables for what a row sees
+    and work_list for HAS_WORK, which needs one row for each sequence, page order and no window.
+
+    The score is q . k * q_sign * scale_log2 * ln(2); q_sign is 1, 0 or -1, scale_log2 positive. With WIDEN
+    products are of float32 operands, whatever is stored. With EARLY the merge may start before this ends.
     """
+    if EARLY:
+        gdc_launch_dependents()
     program = tl.program_id(0)
     kv_head = program % KV_HEADS
-    split = program // KV_HEADS % num_splits
-    # Under the causal mask the last rows see most: they start first.
-    tile_m = num_tiles - 1 - program // KV_HEADS // num_splits % num_tiles
-    sequence = program // KV_HEADS // num_splits // num_tiles
+    chunk_start = 0
+    chunk_end = 0
+    if HAS_WORK:
+        chunk_ptr = work_ptr + program // KV_HEADS * 8
+        sequence = tl.load(chunk_ptr)
+        chunk_start = tl.load(chunk_ptr + 1)
+        chunk_end = tl.load(chunk_ptr + 2)
+        splits = tl.load(chunk_ptr + 3)
+        part = tl.load(chunk_ptr + 4)
+        if sequence < 0:
+            return
+        split = 0
+        tile_m = 0
+    else:
+        splits = num_splits
+        split = program // KV_HEADS % num_splits
+        part = split * num_rows
+        # Under the causal mask the last rows see most: they start first.
+        tile_m = num_tiles - 1 - program // KV_HEADS // num_splits % num_tiles
+        sequence = program // KV_HEADS // num_splits // num_tiles
 
     row_start = tl.load(row_starts_ptr + sequence)
     rows_here = tl.load(row_starts_ptr + sequence + 1) - row_start
@@ -267,18 +313,20 @@ def attend_pages(
         mask=mine,
         other=0.0,
     )
-    if WIDEN:
-        queries = queries.to(tl.float32)
+    queries = queries.to(tl.float32) * q_sign
+    if not WIDEN:
+        queries = queries.to(q_ptr.dtype.element_ty)
 
     positions = q_start + rows
     first_position = q_start + first_item // GROUP
     last_position = q_start + tl.minimum((first_item + BLOCK_M - 1) // GROUP, rows_here - 1)
     seen_start, seen_end, tile_start, whole_start, whole_end, tile_end = _tile_bounds(
-        first_position, last_position, kv_end, num_pages, window, split, num_splits,
-        PAGE_TOKENS, BLOCK_N, HAS_STARTS, HAS_WINDOW,
+        first_position, last_position, kv_end, num_pages, window, split, num_splits, chunk_start, chunk_end,
+        PAGE_TOKENS, BLOCK_N, HAS_STARTS, HAS_WINDOW, HAS_WORK,
     )  # fmt: skip
 
     head_ptr = kv_ptr + layer_offset + kv_head * (PAGE_TOKENS * HEAD_DIM)
+    head_row = (layer_offset // HEAD_DIM).to(tl.int32) + kv_head * PAGE_TOKENS
     table_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
     starts_ptr = page_starts_ptr + sequence.to(tl.int64) * starts_stride
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -288,30 +336,34 @@ def attend_pages(
     # tiles at the causal edge. Loops of a few tiles are not worth pipelining.
     if HAS_STARTS or HAS_WINDOW:
         peak, total, weighted = _sweep(
-            queries, peak, total, weighted, tile_start, whole_start, head_ptr, table_ptr, starts_ptr,
-            slot_items, num_pages, positions, seen_start, seen_end, window, scale_log2,
-            KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
-            NUM_STAGES if HAS_STARTS else 1, HAS_STARTS, HAS_WINDOW, WIDEN, True,
+            queries, peak, total, weighted, tile_start, whole_start, head_ptr, kv_desc, head_row,
+            table_ptr, starts_ptr, slot_items, num_pages, positions, seen_start, seen_end, window,
+            scale_log2, KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
+            NUM_STAGES if HAS_STARTS else 1, HAS_STARTS, HAS_WINDOW, WIDEN, True, False,
         )  # fmt: skip
     if not HAS_STARTS:
         peak, total, weighted = _sweep(
-            queries, peak, total, weighted, whole_start, whole_end, head_ptr, table_ptr, starts_ptr,
-            slot_items, num_pages, positions, seen_start, seen_end, window, scale_log2,
-            KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
-            NUM_STAGES, HAS_STARTS, HAS_WINDOW, WIDEN, False,
+            queries, peak, total, weighted, whole_start, whole_end, head_ptr, kv_desc, head_row,
+            table_ptr, starts_ptr, slot_items, num_pages, positions, seen_start, seen_end, window,
+            scale_log2, KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
+            NUM_STAGES, HAS_STARTS, HAS_WINDOW, WIDEN, False, DESCRIBED,
         )  # fmt: skip
         peak, total, weighted = _sweep(
-            queries, peak, total, weighted, whole_end, tile_end, head_ptr, table_ptr, starts_ptr,
-            slot_items, num_pages, positions, seen_start, seen_end, window, scale_log2,
-            KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
-            1, HAS_STARTS, HAS_WINDOW, WIDEN, True,
+            queries, peak, total, weighted, whole_end, tile_end, head_ptr, kv_desc, head_row,
+            table_ptr, starts_ptr, slot_items, num_pages, positions, seen_start, seen_end, window,
+            scale_log2, KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
+            1, HAS_STARTS, HAS_WINDOW, WIDEN, True, False,
         )  # fmt: skip
 
-    out_rows = (split.to(tl.int64) * num_rows + q_rows) * (KV_HEADS * GROUP) + heads
     out = weighted / tl.where(total > 0.0, total, 1.0)[:, None]
-    tl.store(
-        out_ptr + out_rows[:, None] * HEAD_DIM + dims[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=mine,
-    )
-    tl.store(lse_ptr + out_rows, (peak + tl.log2(total)) * _LN_2, mask=rows < rows_here)
+    lse = (peak + tl.log2(total)) * _LN_2
+    if splits == 1:
+        items_out = q_rows * (KV_HEADS * GROUP) + heads
+        out_ptrs = out_ptr + items_out[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mine)
+        tl.store(lse_ptr + items_out, lse, mask=rows < rows_here)
+    else:
+        part_rows = part.to(tl.int64) + (rows if HAS_WORK else q_rows)
+        items_out = part_rows * (KV_HEADS * GROUP) + heads
+        tl.store(part_ptr + items_out[:, None] * HEAD_DIM + dims[None, :], out, mask=mine)
+        tl.store(part_lse_ptr + items_out, lse, mask=rows < rows_here)

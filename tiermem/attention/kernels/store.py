@@ -7,18 +7,18 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit
 def store_tokens(
     k_ptr,
     v_ptr,
     token_slots_ptr,
+    layer_offset,
     kv_ptr,
     k_token_stride,
     k_head_stride,
     v_token_stride,
     v_head_stride,
-    slot_items: tl.int64,
-    layer_offset: tl.int64,
+    slot_items,
     num_tokens,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,

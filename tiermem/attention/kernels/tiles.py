@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from tiermem.attention.split_rule import TILE_TOKENS
 
 Capability = tuple[int, int]
 
@@ -18,10 +20,14 @@ SHARED_BYTES: dict[Capability, int] = {
 capabilities)."""
 FALLBACK_SHARED_BYTES = 99 * KIB
 """What every GPU after the T4 has at least."""
+FIRST_WITH_DESCRIPTORS: Capability = (9, 0)
+"""Newer GPUs have a tensor memory accelerator, and launch a kernel before the one before it ends."""
 FIRST_WITH_TENSOR_CORES: Capability = (8, 0)
 """On older GPUs Triton's matrix products become plain multiply-adds, and there are no asynchronous
 copies to shared memory to overlap with."""
 
+DESCRIBED_HEAD_DIMS = (64, 128)
+"""Head sizes of the decode kernel that reads through a descriptor."""
 DECODE_ITEMS = 64
 """Up to this many items (query rows times the heads of a group) a sequence decodes."""
 MIN_BLOCK_M = 16
@@ -48,6 +54,38 @@ class Tile:
     num_warps: int
     num_stages: int
     """Turns of the loop whose K and V are in flight or in use."""
+    described: bool = False
+    """Whether whole tiles come through a descriptor of the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """Sizes of one program of the decode kernel that reads through a descriptor."""
+
+    group_block: int
+    """Columns of the products: query heads of a group, and padding."""
+    block_n: int
+    """Tokens of a tile; a turn of the loop takes one tile of 32 or two of 16."""
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergeTile:
+    """Sizes of one program of the merge kernel."""
+
+    block_dim: int
+    block_parts: int
+    """Parts a turn of the loop."""
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTile:
+    """Sizes of one program of the store kernel."""
+
+    block_tokens: int
+    num_warps: int
 
 
 def next_power_of_2(value: int) -> int:
@@ -60,7 +98,15 @@ def shared_bytes(capability: Capability) -> int:
     return SHARED_BYTES.get(capability, FALLBACK_SHARED_BYTES)
 
 
-def attend_tile(capability: Capability, head_block: int, item_bytes: int, items: int) -> Tile:
+def attend_tile(
+    capability: Capability,
+    head_block: int,
+    item_bytes: int,
+    items: int,
+    page_tokens: int,
+    *,
+    describable: bool,
+) -> Tile:
     """The attention kernel's tile.
 
     Sizes were chosen so that the compiled kernel keeps its sums in registers: at most a few hundred
@@ -71,13 +117,39 @@ def attend_tile(capability: Capability, head_block: int, item_bytes: int, items:
     head_block: head_dim rounded up to a power of two.
     item_bytes: bytes of an element of K, V and q.
     items: query rows times heads of a group, of the longest sequence.
+    describable: whether a descriptor can be made of the pool, and pages are in order.
     """
     row_bytes = head_block * item_bytes
     if capability < FIRST_WITH_TENSOR_CORES or item_bytes == 4:
         return _multiply_add_tile(capability, row_bytes, items)
     if items <= DECODE_ITEMS:
         return _decode_tile(capability, row_bytes, items)
-    return _prefill_tile(capability, row_bytes)
+    tile = _prefill_tile(capability, row_bytes)
+    described = describable and capability >= FIRST_WITH_DESCRIPTORS and page_tokens >= tile.block_n
+    return replace(tile, described=described)
+
+
+def decode_tile(
+    capability: Capability, head_dim: int, item_bytes: int, group: int, page_tokens: int
+) -> DecodeTile | None:
+    """The tile of the decode kernel that reads through a descriptor; None where it cannot be used."""
+    if capability < FIRST_WITH_DESCRIPTORS or item_bytes != 2:
+        return None
+    if head_dim not in DESCRIBED_HEAD_DIMS or group > 16:
+        return None
+    return DecodeTile(8 if group <= 8 else 16, min(page_tokens, TILE_TOKENS), 1, 3)
+
+
+def merge_tile(head_dim: int, max_parts: int) -> MergeTile:
+    """The merge kernel's tile: few parts in one turn, many with more programs to a row."""
+    if max_parts <= 4:
+        return MergeTile(min(128, next_power_of_2(head_dim)), 4, 1)
+    return MergeTile(32, 32, 1)
+
+
+def store_tile(num_tokens: int) -> StoreTile:
+    """The store kernel's tile."""
+    return StoreTile(16 if num_tokens > 4 else 4, 4 if num_tokens > 4 else 1)
 
 
 def _multiply_add_tile(capability: Capability, row_bytes: int, items: int) -> Tile:
