@@ -62,6 +62,10 @@ class CapturedDecode(Generic[Result]):
         """Graphs that can be replayed now."""
         return len(self._graphs)
 
+    def forget_graphs(self) -> None:
+        """Give the graphs' memory back; steps are captured again when they come."""
+        self._graphs.clear()
+
     def run(self, sequences: SequenceOf[Sequence], *inputs: torch.Tensor) -> Result:
         """Decode one token of each of `sequences`; what `body` returned.
 

@@ -20,6 +20,7 @@ from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.layout import PageLayout
 from tiermem.pools import VALID, Ids, Tier
 from tiermem.pressure import Pressure
+from tiermem.resident import ResidentPool
 from tiermem.sequence import Sequence, check_token_ids
 from tiermem.snapshots import Publisher
 from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
@@ -74,6 +75,7 @@ class TierManager:
             self._core = build_core(
                 layout, config, model_id, shard, self._device, self._store, self._seal_idle
             )
+            self._resident = ResidentPool(self._core)
             self._publisher = Publisher()
         except BaseException:
             if self._store is not None:
@@ -166,7 +168,7 @@ class TierManager:
         chosen = list(sequences)
         counts = self._check_batch(chosen, new_tokens)
         self._core.in_flight.reap()
-        return Step(self._core, self, chosen, counts)
+        return Step(self._core, self._resident, self, chosen, counts)
 
     def poll(self) -> None:
         """Idle work: settle what has ended, demote ahead of need, refresh the stats. Never waits."""

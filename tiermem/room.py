@@ -162,9 +162,10 @@ class Room:
             if lower is None or not self.is_short(tier):
                 continue
             if tier == Tier.GPU:
-                self._leases.end_all()
+                self._leases.end_all()  # what they held may be clean, or can be copied now
             ready = self.spare(tier) + self._mover.leaving[tier]
-            ids = self._table.coldest_dirty(tier, self._watermarks[tier].high - ready)
+            wanted = max(0, self._watermarks[tier].high - ready)
+            ids = self._table.coldest_dirty(tier, wanted)
             missing = len(ids) - self._table.counts(lower).free
             if missing > 0:
                 self.evict(lower, missing)

@@ -16,6 +16,7 @@ from tiermem.device.protocol import Event
 from tiermem.errors import ClosedError, CorruptPageError, TierMemError, TransferError
 from tiermem.plan import Plan, make_plan, plan_resident
 from tiermem.pools import Ids, Tier, as_ids
+from tiermem.resident import ResidentPool, ResidentTables
 from tiermem.sequence import Sequence
 
 
@@ -67,11 +68,13 @@ class Step:
     def __init__(
         self,
         core: Core,
+        resident: ResidentPool,
         owner: StepOwner,
         sequences: list[Sequence],
         new_tokens: list[int],
     ) -> None:
         self._core = core
+        self._resident_pool = resident
         self._owner = owner
         self._sequences = sequences
         self._new_tokens = new_tokens
@@ -80,6 +83,7 @@ class Step:
         self._checksums: dict[int, list[np.ndarray]] = {}
         self._saves: list[Event] = []
         self._next_layer = 0
+        self._resident: ResidentTables | None = None
         self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # ---- the context -------------------------------------------------------------------------------
@@ -93,9 +97,7 @@ class Step:
             self._plan = plan_resident(core, self._sequences, self._new_tokens)
             if self._plan is None:
                 self._plan = make_plan(core, self._sequences, self._new_tokens)
-            self._tables = hot_tables(core, self._plan)
-            self._token_slots = hot_token_slots(core, self._plan)
-            self._chunks = make_chunks(core, self._plan)
+            self._make_tables(self._plan)
         except BaseException:
             if self._plan is not None:
                 self._end(self._plan, None, as_ids([]))
@@ -196,7 +198,32 @@ class Step:
             return out
         return self._attend_in_parts(layer, q, scale, window)
 
+    # ---- replays -----------------------------------------------------------------------------------
+
+    @property
+    def resident_tables(self) -> ResidentTables | None:
+        """The tables at fixed addresses that this step reads: a graph captured over them serves all steps that
+        have the same ones. None unless all pages are hot and each sequence has one new token."""
+        return self._resident
+
+    def begin_again(self) -> None:
+        """What was appended and attended so far did not run: start at the first layer."""
+        self._next_layer = 0
+
+    def note_replay(self) -> None:
+        """The compute stream was given all layers of this step as a captured graph."""
+        self._next_layer = self._core.layout.num_layers
+
     # ---- parts -------------------------------------------------------------------------------------
+
+    def _make_tables(self, plan: Plan) -> None:
+        if plan.is_resident and plan.num_rows == len(plan.shares):
+            self._resident = self._resident_pool.tables_of(plan)
+            self._tables, self._token_slots = self._resident.paged, self._resident.token_slots
+            return
+        self._tables = hot_tables(self._core, plan)
+        self._token_slots = hot_token_slots(self._core, plan)
+        self._chunks = [] if plan.is_resident else make_chunks(self._core, plan)
 
     def _attend_in_parts(
         self, layer: int, q: torch.Tensor, scale: float, window: int | None

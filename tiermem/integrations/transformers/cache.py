@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -11,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
 
 from tiermem.config import TierConfig
 from tiermem.device.discovery import open_device
 from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.integrations.transformers.attention import NAME, register
 from tiermem.integrations.transformers.call import Call
+from tiermem.integrations.transformers.decode import DecodeCalls
 from tiermem.integrations.transformers.forward import CURRENT, Forward
 from tiermem.integrations.transformers.hooks import Hooks
 from tiermem.integrations.transformers.layer import TieredLayer
@@ -26,6 +29,15 @@ from tiermem.integrations.transformers.support import ModelAttention, attention_
 from tiermem.layout import PageLayout
 from tiermem.manager import TierManager
 from tiermem.stats import Stats
+from tiermem.step import Step
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pending:
+    """A call of the model that has begun, and its arguments by name."""
+
+    call: Call
+    arguments: Mapping[str, object]
 
 
 class TieredCache(Cache):
@@ -34,7 +46,7 @@ class TieredCache(Cache):
     In calls with this cache, and no others, tiermem computes the model's attention: exactly, over pages in GPU
     memory, RAM and SSD. Padding is not stored. Tokens are named by their ids as they are stored, so that `attach`
     finds them again, here, in another cache or in another process on the same store. A call that raises stores
-    nothing.
+    nothing. Where all pages are on a GPU, calls of one token a row are replayed as CUDA graphs.
 
     A context manager that closes; single-threaded; the weights must not change while it is open.
 
@@ -69,6 +81,8 @@ class TieredCache(Cache):
         self._model_config = model.config
         self._rows = Rows(self.manager, salt, label, attention.reusable)
         self._forward: Forward | None = None
+        self._decode = DecodeCalls(self.manager, self._decode_forward)
+        self._pending: Pending | None = None
         self._model_attention: str | None = None
         self._closed = False
         super().__init__(
@@ -141,6 +155,7 @@ class TieredCache(Cache):
         self._rows.reset()
         self._closed = True
         self._hooks.remove()
+        self._decode.forget_graphs()
         self.manager.close()
 
     # ---- what transformers asks --------------------------------------------------------------------
@@ -218,14 +233,24 @@ class TieredCache(Cache):
         call = Call.read(arguments)
         self._rows.fit(call)
         self._check_windows(call)
-        self._forward = Forward(self.manager, self._attention, self._rows, call)
-        self._take_attention()
+        self._pending = Pending(call, arguments)
+        if not (self._attention.reusable and self._decode.can_run(call, arguments)):
+            self._take_attention(Forward.open(self.manager, self._attention, self._rows, call))
+
+    def call_runs(self) -> object:
+        """The result of a call that adds one token to each row; None for others, which the model computes."""
+        if self._pending is None or self._forward is not None:
+            return None
+        return self._decode.run(self._rows, self._pending.arguments)
 
     def call_ends(self) -> None:
-        """The model's call ended well."""
+        """The model's call ended well: its tokens become part of the rows."""
+        pending, self._pending = self._pending, None
         forward = self._release()
         if forward is not None:
             forward.finish()
+        if pending is not None:
+            self._rows.advance(pending.call)
 
     def call_fails(self) -> None:
         """The model's call raised."""
@@ -240,14 +265,36 @@ class TieredCache(Cache):
     def _settle(self) -> None:
         """Undo a call that never ended: it raised, or was interrupted."""
         self._check_open()
+        self._pending = None
         forward = self._release()
         if forward is not None:
             forward.abandon(TierMemError("the call of the model did not end"))
 
-    def _take_attention(self) -> None:
+    def _decode_forward(
+        self, step: Step, ids: torch.Tensor, positions: torch.Tensor
+    ) -> ModelOutput:
+        """The model's own forward of one token a row within `step`."""
+        assert self._pending is not None
+        forward = Forward.within(step, self._attention, self._pending.call)
+        self._take_attention(forward)
+        try:
+            result: ModelOutput = self._hooks.original(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                position_ids=positions,
+                past_key_values=self,
+                use_cache=True,
+            )
+        finally:
+            self._release()
+        forward.finish()
+        return result
+
+    def _take_attention(self, forward: Forward) -> None:
+        self._forward = forward
         self._model_attention = self._model_config._attn_implementation
         self._model_config._attn_implementation = NAME
-        CURRENT.set(self._forward)
+        CURRENT.set(forward)
 
     def _release(self) -> Forward | None:
         """Give the model its own attention back; returns the call that was running."""

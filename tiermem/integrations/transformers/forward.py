@@ -18,28 +18,41 @@ from tiermem.step import Step
 
 
 class Forward:
-    """The step of one call. Each layer calls `append`, then `attend`; the call ends with `finish` or `abandon`.
+    """One call's way through a step: each layer calls `append`, then `attend`; `finish` or `abandon` ends it.
 
-    Rows of the batch without a new token take no part in the step.
+    `context` holds what ends with the call. `step` is None where no row of the batch has a new token.
     """
 
     def __init__(
-        self, manager: TierManager, attention: ModelAttention, rows: Rows, call: Call
+        self, attention: ModelAttention, call: Call, step: Step | None, context: ExitStack
     ) -> None:
         self.is_open = True
         self._attention = attention
-        self._rows = rows
         self._call = call
         self._next_layer = 0
         self._waiting: tuple[int, torch.Tensor] | None = None
         self._places = _places(call, attention.device)
-        self._context = ExitStack()
+        self._context = context
+        self._step = step
+
+    @classmethod
+    def open(
+        cls, manager: TierManager, attention: ModelAttention, rows: Rows, call: Call
+    ) -> Forward:
+        """In a step of its own, which ends with the call; rows of the batch without a new token take no part."""
+        context = ExitStack()
         counts = call.real.sum(axis=1)
         busy = np.flatnonzero(counts)
-        self._step: Step | None = None
+        step = None
         if len(busy):
             step = manager.step([rows.sequences[i] for i in busy], [int(counts[i]) for i in busy])
-            self._step = self._context.enter_context(step)
+            context.enter_context(step)
+        return cls(attention, call, step, context)
+
+    @classmethod
+    def within(cls, step: Step, attention: ModelAttention, call: Call) -> Forward:
+        """In a step of all rows of `call`, each with one token; the step is its owner's to end."""
+        return cls(attention, call, step, ExitStack())
 
     # ---- the layers --------------------------------------------------------------------------------
 
@@ -105,7 +118,7 @@ class Forward:
     # ---- the end -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """The call ended well: its tokens become part of the rows.
+        """The call ended well: a step of its own is completed.
 
         Raises
         ------
@@ -123,7 +136,6 @@ class Forward:
             raise
         self.is_open = False
         self._context.close()
-        self._rows.advance(self._call)
 
     def abandon(self, error: BaseException) -> None:
         """The call failed with `error`: nothing of it was stored. Does nothing once it has ended."""

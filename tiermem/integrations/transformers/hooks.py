@@ -1,10 +1,12 @@
-"""Hooks: how a TieredCache learns of every call of its model, and takes its attention over for that call alone."""
+"""Hooks: how a TieredCache learns of every call of its model, and may carry it out in its own way."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,27 +18,59 @@ class Listener(Protocol):
 
     def call_begins(self, arguments: Mapping[str, object]) -> None: ...
 
+    def call_runs(self) -> object:
+        """What the call that has begun returns; None where the model is to compute it."""
+        ...
+
     def call_ends(self) -> None: ...
 
     def call_fails(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """The forward that stands in a model's place now, and what the instance had `before`, if anything."""
+
+    forward: Callable[..., Any]
+    before: Callable[..., Any] | None
+
+
 class Hooks:
-    """Hooks on a model that tell a listener of its calls, until `remove`; they do not keep the listener alive."""
+    """Hooks on a model that tell a listener of its calls, until `remove`; they do not keep the listener alive.
+
+    `original` is the model's own forward.
+    """
 
     def __init__(self, model: PreTrainedModel, listener: Listener) -> None:
         self._listener = weakref.ref(listener)
+        self.original = model.forward
         self._signature = inspect.signature(model.forward)
         self._rest = _name_of_rest(self._signature)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
-        weakref.finalize(listener, _remove, self._handles)
+        self._undo = weakref.finalize(
+            listener, _undo, weakref.ref(model), self._replace_forward(model), self._handles
+        )
 
     def remove(self) -> None:
         """Leave the model as it was; again does nothing."""
-        _remove(self._handles)
+        self._undo()
+
+    def _replace_forward(self, model: PreTrainedModel) -> Replaced:
+        """Put a forward that asks the listener first in the place of the model's own."""
+        listener_of, original = self._listener, self.original
+        before = model.__dict__.get("forward")
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            listener = listener_of()
+            result = None if listener is None else listener.call_runs()
+            return original(*args, **kwargs) if result is None else result
+
+        model.forward = forward
+        return Replaced(forward, before)
 
     def _before(
         self,
@@ -74,6 +108,17 @@ def _name_of_rest(signature: inspect.Signature) -> str:
     return kinds.get(inspect.Parameter.VAR_KEYWORD, "")
 
 
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _undo(
+    model_of: Callable[[], PreTrainedModel | None],
+    replaced: Replaced,
+    handles: list[torch.utils.hooks.RemovableHandle],
+) -> None:
     for handle in handles:
         handle.remove()
+    model = model_of()
+    if model is None or model.__dict__.get("forward") is not replaced.forward:
+        return  # someone has wrapped ours, which lets every call through from now on
+    if replaced.before is None:
+        del model.forward
+    else:
+        model.forward = replaced.before
