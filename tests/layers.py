@@ -32,6 +32,7 @@ LAYERS = {
     "device": ["tiermem.device"],
     "attention": ["tiermem.attention"],
     "measure": ["tiermem.measure", "tiermem.calibration", "tiermem.machine"],
+    "forecast": ["tiermem.forecast"],
     "pools": ["tiermem.pools"],
     "store": ["tiermem.store", "tiermem.store_format"],
     "prefix": ["tiermem.prefix"],
@@ -40,6 +41,8 @@ LAYERS = {
         "tiermem.chunks",
         "tiermem.core",
         "tiermem.lease",
+        "tiermem.packed",
+        "tiermem.resident",
         "tiermem.plan",
         "tiermem.room",
         "tiermem.sequence",
@@ -48,6 +51,7 @@ LAYERS = {
     ],
     "manager": [
         "tiermem.build",
+        "tiermem.graphs",
         "tiermem.manager",
         "tiermem.pressure",
         "tiermem.snapshots",
@@ -89,9 +93,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service": _MANAGER | {"manager", "package"},
     "integrations": _MANAGER | {"manager", "package"},
     "package": _MANAGER | {"manager"},
+    "forecast": {"errors", "layout", "config"},
     "measure": {"native", "errors", "layout", "config", "device", "attention", "pools", "store"},
-    "bench": _MANAGER | {"manager", "measure", "package", "integrations"},
-    "cli": _MANAGER | {"manager", "measure", "bench", "package", "service", "integrations"},
+    "bench": _MANAGER | {"manager", "measure", "forecast", "package", "integrations"},
+    "cli": _MANAGER | {"manager", "measure", "forecast", "bench", "package", "service", "integrations"},
 }
 
 # What comes from outside -> the modules or packages that alone may import it.

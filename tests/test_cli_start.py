@@ -28,7 +28,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["generate", "--help"], ["stats"], ["stats", "--json"], ["doctor", "-h"]],
+    [["--help"], ["--version"], ["generate", "--help"], ["stats"], ["stats", "--json"], ["doctor", "-h"],
+     ["calibrate", "--help"], ["plan", "--model", "33b", "--context", "32k", "--profile", "t4"]],
 )  # fmt: skip
 def test_what_answers_at_once_imports_nothing_heavy(arguments: list[str]) -> None:
     found = subprocess.run(
@@ -45,7 +46,7 @@ def test_what_answers_at_once_imports_nothing_heavy(arguments: list[str]) -> Non
     assert modules & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", ["generate", "stats", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "stats", "doctor", "calibrate", "plan"])
 def test_every_command_has_help_with_examples(cli: Cli, command: str) -> None:
     found = cli(command, "--help")
     assert (found.code, found.err) == (0, "")

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from tiermem import __version__
-from tiermem.cli import bench, calibrate, doctor, generate, stats
+from tiermem.cli import bench, calibrate, doctor, generate, plan, stats
 from tiermem.cli.options import CommandParser
 from tiermem.errors import ConfigError, TierMemError
 
@@ -22,7 +22,7 @@ FAILED = 1
 MISUSED = 2
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
-COMMANDS = (generate, stats, doctor, calibrate, bench)
+COMMANDS = (generate, stats, doctor, calibrate, plan, bench)
 
 DESCRIPTION = """\
 A KV cache larger than the GPU: exact, tiered over GPU memory, pinned RAM and SSD."""
@@ -31,6 +31,7 @@ EXAMPLES = """\
 examples:
   tiermem doctor                                     what this machine has, and what tiermem would use
   tiermem calibrate                                  how fast it is; kept for all other commands
+  tiermem plan --model 33b --context 128k            whether it fits this machine, and how fast it decodes
   tiermem generate --model DIR --prompt-file F --gpu 2MiB --ram 8MiB --ssd 1GiB
   tiermem stats --watch                              what every live TierManager is doing
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from tiermem.calibration import Calibration
-from tiermem.cli.human import NOTHING, duration_text, rate_text, share_text
+from tiermem.cli.human import (
+    NOTHING,
+    duration_text,
+    flops_text,
+    rate_text,
+    share_text,
+    time_text,
+)
 from tiermem.cli.table import Align, Table
 from tiermem.rates import Rates
 
@@ -56,13 +63,3 @@ def rate_table(rates: Rates, bounds: Rates | None = None) -> Table:
         for text, value, name in rows
     )
     return Table(("measured", "rate", "of the hardware's"), body)
-
-
-def flops_text(flops: float) -> str:
-    """Operations a second with three digits."""
-    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
-
-
-def time_text(seconds: float) -> str:
-    """A short time with three digits."""
-    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"

@@ -38,6 +38,16 @@ def tokens_rate_text(tokens: int, seconds: float) -> str:
     return f"{_three_digits(tokens / seconds)} tokens/s"
 
 
+def flops_text(flops: float) -> str:
+    """Operations a second with three digits."""
+    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"
+
+
+def time_text(seconds: float) -> str:
+    """A short time with three digits."""
+    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
+
+
 def share_text(share: float | None) -> str:
     """A share of 1 in percent; NOTHING for None."""
     return NOTHING if share is None else f"{100 * share:.1f}%"

@@ -1,0 +1,111 @@
+"""`tiermem calibrate`: measures what there is, keeps it, shows it, forgets it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_support import Cli, one_thread
+
+from tiermem.cli import calibration_run, step_rates
+from tiermem.cli.step_rates import Reference
+from tiermem.errors import TransferError
+from tiermem.layout import PageLayout
+from tiermem.measure import ceilings
+from tiermem.measure.ceilings import Effort
+
+CPU = ("--device", "cpu")
+TINY = Reference(PageLayout(1, 1, 16, "float32", 16), 2, 256, 32, 3)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(capsys)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A cache of the test's own, and measurements that take no time."""
+    monkeypatch.setenv("TIERMEM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration_run, "QUICK", Effort(1 << 22, 1 << 22, 2))
+    monkeypatch.setattr(calibration_run, "FULL", Effort(1 << 22, 1 << 22, 2))
+    monkeypatch.setattr(calibration_run, "ON_CPU", TINY)
+    monkeypatch.setattr(calibration_run, "QUICK_FACTOR", 2)
+    monkeypatch.setitem(ceilings.CPU_MATRIX_SIDE, 4, 64)
+    with one_thread():
+        yield
+
+
+def test_what_is_measured_is_kept_shown_and_forgotten(cli: Cli, tmp_path: Path) -> None:
+    measured = cli("calibrate", *CPU, "--ssd-path", tmp_path, "--json")
+    assert (measured.code, measured.err) == (0, "")
+    document = measured.json()
+    rates = document["calibration"]["rates"]
+    for name in (
+        "link_to_device", "link_to_host", "link_both", "hbm_read", "ram_read", "matmul", "launch_s",
+        "linear_read", "decode_read", "prefill", "step_s", "layer_s",
+    ):  # fmt: skip
+        assert rates[name] > 0, name
+    assert "kernel_s" not in rates  # a machine without a GPU has no graphs
+    assert document["problems"] == []
+    assert all(seconds >= 0 for seconds in document["seconds"].values())
+    assert Path(document["path"]).is_file()
+    shown = cli("calibrate", *CPU, "--show", "--json").json()
+    assert shown["calibration"] == document["calibration"]
+    text = cli("calibrate", *CPU, "--show").out
+    for words in ("RAM to GPU", "GB/s", "FLOP/s", "measured with care", "used for another 30 d"):
+        assert words in text, words
+    assert document["path"] in cli("calibrate", *CPU, "--forget").out
+    assert (
+        "no calibration of this machine: run `tiermem calibrate`"
+        in cli("calibrate", *CPU, "--show").out
+    )
+    assert cli("calibrate", *CPU, "--forget", "--json").json() == {"removed": None}
+
+
+def test_a_quick_one_says_that_it_was(cli: Cli) -> None:
+    assert "measured in haste" in cli("calibrate", *CPU, "--quick").out
+
+
+def test_a_part_that_fails_costs_only_itself(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_reference: Reference, _device: str) -> None:
+        raise TransferError("the GPU fell off")
+
+    monkeypatch.setattr(calibration_run, "measure_steps", fail)
+    found = cli("calibrate", *CPU, "--json")
+    assert found.code == 1
+    assert "attention and steps: the GPU fell off" in found.err
+    rates = found.json()["calibration"]["rates"]
+    assert "decode_read" not in rates
+    assert rates["ram_read"] > 0
+
+
+def test_damage_is_shown_and_a_new_measurement_mends_it(cli: Cli) -> None:
+    path = Path(cli("calibrate", *CPU, "--json").json()["path"])
+    path.write_text("{}")
+    shown = cli("calibrate", *CPU, "--show")
+    assert shown.code == 0
+    assert "is not used: format=None" in shown.out
+    assert cli("calibrate", *CPU, "--json").json()["problem"] is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--show", "--forget"), ("--device", "tpu"), ("--device", "cuda:99"), ("--fast",)]
+)
+def test_wrong_arguments_are_refused(cli: Cli, wrong: tuple[str, ...]) -> None:
+    found = cli("calibrate", *wrong)
+    assert (found.code, found.out) == (2, "")
+
+
+def test_the_bytes_and_operations_that_are_counted() -> None:
+    with step_rates.TierManager(
+        TINY.layout, step_rates.TierConfig(gpu="1MiB", ram=0, ssd=0, device="cpu")
+    ) as tm:
+        bench = step_rates._Bench(tm, TINY)
+        sequence = bench.sequence(40)
+        assert sequence.num_tokens == 40
+        assert bench.kv_bytes(sequence) == 40 * 2 * 16 * 4
+        # 32 new tokens after 40: the first sees 41, the last 72; two heads of 16, 4 operations each
+        seen = sum(range(41, 73))
+        assert bench.prefill_flops(sequence) == 4 * 2 * 16 * seen

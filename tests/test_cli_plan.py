@@ -1,0 +1,160 @@
+"""`tiermem plan`: answers for machines that are not there, and for this one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from cli_support import Cli
+
+from tiermem import calibration
+from tiermem.calibration import Calibration
+from tiermem.machine import Machine
+from tiermem.rates import Rates
+
+T4 = ("plan", "--model", "33b", "--context", "32k", "--profile", "t4")
+H200 = ("plan", "--model", "33b", "--context", "128k", "--profile", "h200")
+HERE = ("plan", "--model", "7b", "--context", "64", "--profile", "auto", "--ram", "0", "--ssd", "0")
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], no_gpu: None) -> Cli:
+    return Cli(capsys)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """This machine without its GPU, and with no calibration but one that the test makes."""
+    monkeypatch.setenv("TIERMEM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("tiermem.device.report.DeviceReport.usable_gpus", lambda _report: ())
+
+
+def test_a_t4_does_not_hold_33b(cli: Cli) -> None:
+    found = cli(*T4, "--json")
+    document = found.json()
+    assert (found.code, found.err) == (0, "")
+    assert document["fits"] is False
+    assert document["weights_tier"] == "ssd"
+    assert document["tokens_per_s"] == 0
+    assert document["limit"] == "capacity"
+    assert document["modes"] == []
+    fits = {item["name"]: item["fits"] for item in document["weight_formats"]}
+    assert fits == {"fp16": False, "int8": False, "int4": False, "3 bits": True, "2 bits": True}
+
+
+def test_the_text_says_what_would_fit_a_t4(cli: Cli) -> None:
+    text = " ".join(cli(*T4).out.split())
+    for words in (
+        "does not fit: 33b in fp16, 32,768 tokens on NVIDIA T4", "66.7 GB", "int4 18.0 GB",
+        "3 bits would fit: 13.9 GB", "3.3 bits a weight",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "tokens/s" not in text
+    assert "first token" not in text
+    for weights in ("int8", "int4"):
+        assert "does not fit" in cli(*T4, "--weights", weights).out
+
+
+def test_an_h200_holds_33b_with_128k(cli: Cli) -> None:
+    found = cli(*H200, "--json")
+    document = found.json()
+    assert found.code == 0
+    assert document["fits"] is True
+    assert document["weights_tier"] == "gpu"
+    assert document["kv_tier"] == "gpu"
+    assert document["limit"] == "hbm"
+    assert 33 < document["tokens_per_s"] < 44
+    assert document["kv_bytes"] == 33_285_996_544
+    assert document["kv_bytes_per_token"] == 253_952
+    assert [tier["name"] for tier in document["tiers"]] == ["gpu", "ram", "ssd"]
+    assert document["machine"]["rates_from"] == "profile h200"
+    assert document["modes"][0]["mode"] == "resident"
+
+
+def test_the_text_has_the_sums(cli: Cli) -> None:
+    text = cli(*H200).out
+    for words in (
+        "fits: 33b in fp16, 131,072 tokens on NVIDIA H200", "weights in GPU memory", "253,952 bytes",
+        "33.3 GB", "most sequences of 131,072", "how a step of", "66.2 GB at", "62 layers x",
+        "limited by reading GPU memory",
+    ):  # fmt: skip
+        assert words in text, words
+    streaming = cli(*H200, "--gpu", "8GiB", "--ram", "16GiB").out
+    for words in (
+        "fixed set and streaming",
+        "LRU and streaming",
+        "link, meanwhile",
+        "disk, before",
+    ):
+        assert words in streaming, words
+
+
+def test_options_change_the_answer(cli: Cli) -> None:
+    base = cli(*H200, "--json").json()
+    two = cli(*H200, "--batch", "2", "--json").json()
+    assert two["kv_bytes"] == 2 * base["kv_bytes"]
+    small = cli(*H200, "--page-tokens", "16", "--json").json()
+    assert small["page_bytes"] * 4 == base["page_bytes"]
+    light = cli(*H200, "--weights", "int4", "--json").json()
+    assert light["weights_bytes"] < base["weights_bytes"] / 3
+    assert light["tokens_per_s"] > base["tokens_per_s"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (("--model", "34b"), "model='34b'"),
+        (("--context", "0"), "must be tokens"),
+        (("--context", "long"), "must be tokens"),
+        (("--context", "17m"), "must be tokens"),
+        (("--profile", "v100"), "profile='v100'"),
+        (("--batch", "0"), "must be an int from 1"),
+        (("--dtype", "float32"), "float32"),
+        (("--dtype", "bfloat16"), "NVIDIA T4 has none"),
+        (("--weights", "int3"), "int3"),
+        (("--gpu", "8"), "gpu='8'"),
+        (("--gpu", "0"), "gpu=0"),
+        (("--page-tokens", "48"), "48"),
+    ],
+)
+def test_wrong_arguments_are_refused(cli: Cli, changed: tuple[str, str], words: str) -> None:
+    found = cli(*T4, *changed)
+    assert (found.code, found.out) == (2, "")
+    assert words in found.err
+
+
+def test_a_model_and_a_context_are_needed(cli: Cli) -> None:
+    assert cli("plan", "--context", "32k").code == 2
+    assert cli("plan", "--model", "33b").code == 2
+
+
+def test_auto_uses_the_profile_that_matches_and_says_so(cli: Cli) -> None:
+    document = cli(*HERE, "--json").json()
+    assert document["machine"]["profile"] == "cpu"
+    assert document["machine"]["rates_from"].startswith(
+        "profile cpu; no calibration of this machine"
+    )
+
+
+def test_auto_uses_the_calibration_of_this_machine(cli: Cli) -> None:
+    rates = Rates(hbm_read=7e9, linear_read=3.5e9)
+    calibration.save(Calibration(Machine.here(None), time.time() - 3600, False, rates))
+    machine = cli(*HERE, "--json").json()["machine"]
+    assert machine["rates_from"] == "the calibration of this machine, 1 h 0 min old"
+    assert (machine["rates"]["hbm_read"], machine["rates"]["linear_read"]) == (7e9, 3.5e9)
+    assert machine["rates"]["disk_read"] == 1e9  # not measured: the profile's
+
+
+def test_auto_says_why_a_calibration_is_not_used(cli: Cli) -> None:
+    path = calibration.save(Calibration(Machine.here(None), time.time(), False, Rates()))
+    path.write_text("{")
+    text = cli(*HERE, "--json").json()["machine"]["rates_from"]
+    assert "is not used: not well formed" in text
+
+
+@pytest.mark.parametrize("profile", ["a10", "a100", "h100", "cpu"])
+def test_every_machine_has_an_answer(cli: Cli, profile: str) -> None:
+    found = cli("plan", "--model", "7b", "--context", "2k", "--profile", profile, "--json")
+    assert found.code == 0
+    assert found.json()["tokens_per_s"] > 0 or not found.json()["fits"]

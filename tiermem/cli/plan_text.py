@@ -1,0 +1,215 @@
+"""Plan text: a forecast as short tables, with the sums behind it in words."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from tiermem.cli.human import NOTHING, count_text, duration_text, rate_text, time_text
+from tiermem.cli.table import Align, Table, pairs, printable
+from tiermem.forecast.answer import Forecast
+from tiermem.forecast.speed import LAUNCHES, SMALL_KERNELS, Limit, Mode, StepTime
+from tiermem.forecast.weights import BITS, bytes_read, num_parameters
+from tiermem.model_shape import ModelShape
+
+TEXT_WIDTH = 100
+LIMITS = {
+    Limit.HBM: "reading GPU memory",
+    Limit.COMPUTE: "matrix products",
+    Limit.LAUNCH: "launching kernels",
+    Limit.LINK: "the link to the GPU",
+    Limit.DISK: "the disk",
+    Limit.CAPACITY: "capacity: it does not fit",
+}
+
+
+def forecast_lines(found: Forecast, width: int | None) -> list[str]:
+    """The answer first, then what it is made of, as lines of at most `width` columns."""
+    blocks = [
+        list(_verdict(found)),
+        pairs(list(_facts(found))).lines(width),
+        _formats(found).lines(width),
+        _tiers(found).lines(width),
+        _modes(found).lines(width) if found.modes else [],
+        list(_sums(found)) if found.modes else [],
+    ]
+    lines: list[str] = []
+    for block in (block for block in blocks if block):
+        lines += [""] * bool(lines)
+        lines += [part for line in block for part in _wrapped(line, width)]
+    return lines
+
+
+def gb_text(num_bytes: float) -> str:
+    """Decimal gigabytes, which rates are given in: "33.3 GB"."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _verdict(found: Forecast) -> Iterator[str]:
+    request, budget = found.request, found.budget
+    where = found.hardware.gpu or "the host"
+    what = f"{request.shape.name} in {request.weights.value}, {count_text(request.context)} tokens"
+    what += f" x {request.batch}" if request.batch > 1 else ""
+    if found.fits:
+        best = found.modes[0]
+        tiers = [tier.name.upper() for tier in budget.tiers if tier.kv_bytes]
+        yield (
+            f"fits: {what} on {where}: weights in {budget.weights_tier.upper()} memory, "
+            f"K and V in the tiers {' and '.join(tiers)}"
+        )
+        yield f"{best.tokens_per_s:.3g} tokens/s predicted, limited by {LIMITS[best.limit]}"
+    else:
+        yield f"does not fit: {what} on {where}"
+        yield from budget.problems
+        if not budget.weights_fit:
+            yield from _what_would(found)
+    yield from (f"note: {note}" for note in found.notes)
+
+
+def _what_would(found: Forecast) -> Iterator[str]:
+    """Which format of the weights would fit, if any does."""
+    fitting = [item for item in found.formats if item.fits]
+    others = ", ".join(f"{item.name} {gb_text(item.num_bytes)}" for item in found.formats[:3])
+    yield (
+        f"weights: {others}; beside the reserve there is room for "
+        f"{gb_text(max(found.budget.room_for_weights, 0))}, which is {found.most_bits:.1f} bits a weight"
+    )
+    if not fitting:
+        yield "no format would fit: choose a smaller model or a larger GPU, or split it over GPUs"
+        return
+    best = fitting[0]
+    left = found.budget.room_for_weights - best.num_bytes
+    words = (
+        f"{best.name} would fit: {gb_text(best.num_bytes)}, with {gb_text(left)} left for K and V"
+    )
+    coarse = "; so few bits cost quality: a larger GPU is the better answer"
+    yield words + (coarse if best.bits < BITS_OF_INT4 else "")
+
+
+BITS_OF_INT4 = 4
+
+
+def _facts(found: Forecast) -> Iterator[tuple[str, str]]:
+    request, budget, layout = found.request, found.budget, found.layout
+    yield "machine", f"{found.hardware.gpu or 'no GPU'}, profile {found.hardware.profile}"
+    yield "rates from", found.hardware.origin
+    yield "model", _model_text(request.shape)
+    page = f"{layout.page_tokens} tokens, {gb_text(layout.page_bytes)}"
+    yield "page", f"{page}; {count_text(layout.token_bytes)} bytes a token in {layout.dtype}"
+    parts = (
+        f"weights {gb_text(budget.weights_bytes)}",
+        f"reserve {gb_text(budget.reserve_bytes)}",
+        f"staging {gb_text(budget.staging_bytes)}",
+        f"GPU tier {gb_text(budget.tiers[0].num_bytes)}",
+    )
+    yield "device memory", f"{gb_text(budget.gpu_bytes)}: {', '.join(parts)}"
+    step = gb_text(found.bytes_a_step)
+    yield "K and V", f"{gb_text(budget.kv_bytes)}; a step reads {step} with the weights"
+    if found.fits:
+        yield "first token", f"after about {duration_text(found.prefill_s)} of prefill"
+
+
+def _model_text(shape: ModelShape) -> str:
+    heads = f"{shape.num_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}"
+    return f"{num_parameters(shape) / 1e9:.1f} billion weights, {shape.num_layers} layers, {heads}"
+
+
+def _formats(found: Forecast) -> Table:
+    rows = tuple(
+        (item.name, f"{item.bits:.2f}", gb_text(item.num_bytes), "yes" if item.fits else "no")
+        for item in found.formats
+    )
+    return Table(("weights", "bits each", "size", "fits the GPU"), rows)
+
+
+def _tiers(found: Forecast) -> Table:
+    rows = tuple(
+        (
+            tier.name.upper(),
+            gb_text(tier.num_bytes),
+            gb_text(tier.kv_bytes),
+            count_text(tier.max_batch),
+            count_text(tier.max_context),
+        )
+        for tier in found.budget.tiers
+    )
+    context, batch = count_text(found.request.context), found.request.batch
+    titles = (
+        "tier", "size", "K and V here", f"most sequences of {context}", f"longest context x {batch}",
+    )  # fmt: skip
+    return Table(titles, rows)
+
+
+def _modes(found: Forecast) -> Table:
+    titles = ("mode", "tokens/s", "step", "GPU", "link", "disk", "host", "limited by")
+    rows = tuple(
+        (
+            step.mode.value,
+            f"{step.tokens_per_s:.3g}",
+            time_text(step.total_s),
+            time_text(step.gpu_s),
+            time_text(step.link_s) if step.link_s else NOTHING,
+            time_text(step.disk_s) if step.disk_s else NOTHING,
+            time_text(step.host_s),
+            LIMITS[step.limit],
+        )
+        for step in found.modes
+    )
+    return Table(titles, rows, (Align.LEFT, *[Align.RIGHT] * 6, Align.LEFT))
+
+
+def _sums(found: Forecast) -> Iterator[str]:
+    """The formula of the best mode, in words and numbers."""
+    step, rates = found.modes[0], found.hardware.rates.to_table()
+    shape = found.request.shape
+    weights = bytes_read(shape, BITS[found.request.weights])
+    yield f"how a step of {time_text(step.total_s)} comes about ({step.mode.value}):"
+    yield (
+        f"  weights: the longer of {gb_text(weights)} at {_rate(rates['linear_read'])} = "
+        f"{time_text(step.weights_s)} and of the products at {rates['matmul'] / 1e12:.3g} TFLOP/s = "
+        f"{time_text(step.compute_s)}"
+    )
+    yield (
+        f"  attention: {gb_text(step.work.kv_bytes)} of K and V at {_rate(rates['decode_read'])} + "
+        f"{shape.num_layers} layers x {time_text(rates['attend_s'])} = {time_text(step.attention_s)}"
+    )
+    yield (
+        f"  other kernels: {shape.num_layers} layers x {SMALL_KERNELS} x {time_text(rates['kernel_s'])}"
+        f" = {time_text(step.kernels_s)}; on the GPU together {time_text(step.gpu_s)}"
+    )
+    yield from _other_sums(step, rates, shape.num_layers)
+
+
+def _other_sums(step: StepTime, rates: dict[str, float], num_layers: int) -> Iterator[str]:
+    if step.link_s:
+        yield (
+            f"  link, meanwhile: {gb_text(step.work.streamed_bytes)} that are not resident at "
+            f"{_rate(rates['link_to_device'])} = {time_text(step.link_s)}"
+        )
+    if step.disk_s:
+        yield (
+            f"  disk, before: {gb_text(step.work.cold_bytes)} at {_rate(rates['disk_read'])} = "
+            f"{time_text(step.disk_s)}"
+        )
+    if step.mode is Mode.RESIDENT:
+        yield f"  host, meanwhile: a step of {time_text(rates['step_s'])}; the rest is replayed"
+        return
+    yield (
+        f"  host, meanwhile: a step of {time_text(rates['step_s'])} + {num_layers} layers x "
+        f"({time_text(rates['layer_s'])} + {LAUNCHES} launches x {time_text(rates['launch_s'])}) = "
+        f"{time_text(step.host_s)}"
+    )
+
+
+def _rate(num_bytes: float) -> str:
+    return rate_text(num_bytes / 1e9)
+
+
+def _wrapped(line: str, width: int | None) -> list[str]:
+    """`line` in columns if it is prose; a table's line is fitted already."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    text = printable(line) if not indent and "  " not in line else line
+    limit = width or TEXT_WIDTH
+    if "  " in text.strip() or len(text) <= limit:
+        return [text]
+    return textwrap.wrap(text, limit, subsequent_indent=indent + "  ")

@@ -1,0 +1,119 @@
+"""Hardware: the memory and the rates of a machine, from a file in configs/machines/ or as measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiermem.configfile import read_table
+from tiermem.data import data_path
+from tiermem.errors import ConfigError
+from tiermem.fields import check_int, check_keys, check_text, refuse
+from tiermem.profiles import find_profile
+from tiermem.rates import Rates
+from tiermem.units import Size, SizeKind
+
+ASSUMED_SHARE = {"linear_read": 0.90, "decode_read": 0.90}
+"""Of the memory's read rate, where it was not measured."""
+ASSUMED_PREFILL_SHARE = 0.5
+"""Of the rate of large products, where attention in prefill was not measured."""
+ASSUMED = Rates(attend_s=8e-6, kernel_s=2.5e-6, launch_s=6e-6, step_s=150e-6, layer_s=30e-6)
+"""Costs of launches where they were not measured: what tiermem aims at, and what GPUs of these years need."""
+NEEDED = ("hbm_read", "matmul", "link_to_device", "link_to_host", "disk_read")
+FIRST_WITH_BFLOAT16 = (8, 0)
+
+_KEYS = ("description", "gpu", "capability", "gpu_memory", "ram", "ssd", "rates")
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A machine to plan for. Sizes are bytes; `gpu_bytes` is 0 where the hot tier is host memory.
+
+    profile: of the tiers, a name of configs/. gpu: its name, empty without one. rates: all that a forecast
+    needs. origin: where the rates come from, in words.
+    """
+
+    profile: str
+    gpu: str
+    capability: tuple[int, int] | None
+    gpu_bytes: int
+    ram_bytes: int
+    ssd_bytes: int
+    rates: Rates
+    origin: str
+
+    @classmethod
+    def from_profile(cls, name: str) -> Hardware:
+        """The shipped machine `name`.
+
+        Raises
+        ------
+        ConfigError: there is none of that name, or its file is wrong.
+        """
+        path = find_profile(name, machine_profiles())
+        try:
+            return cls._from_table(name, read_table(path))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_table(cls, name: str, table: Mapping[str, object]) -> Hardware:
+        check_keys(table, _KEYS)
+        gpu = table.get("gpu")
+        rates = table.get("rates")
+        if not isinstance(rates, Mapping):
+            raise refuse("rates", rates, "a table of rates")
+        return cls(
+            profile=name,
+            gpu=check_text("gpu", gpu, 100) if gpu else "",
+            capability=_capability(table["capability"]) if gpu else None,
+            gpu_bytes=_size("gpu_memory", table),
+            ram_bytes=_size("ram", table),
+            ssd_bytes=_size("ssd", table),
+            rates=complete(Rates.from_table(rates)),
+            origin=f"profile {name}",
+        )
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether attention over bfloat16 runs there."""
+        return self.capability is None or self.capability >= FIRST_WITH_BFLOAT16
+
+
+def machine_profiles() -> dict[str, Path]:
+    """Name -> file of every machine that ships, in order of the names."""
+    return {path.stem: path for path in sorted(data_path("configs/machines").glob("*.toml"))}
+
+
+def complete(rates: Rates) -> Rates:
+    """`rates` with what can be assumed in the place of what is not known.
+
+    Raises
+    ------
+    ConfigError: a rate is missing that nothing can be assumed for.
+    """
+    known = rates.to_table()
+    missing = [name for name in NEEDED if name not in known]
+    if missing:
+        raise ConfigError(f"rates.{missing[0]}: missing; a forecast needs it")
+    shares = {name: share * known["hbm_read"] for name, share in ASSUMED_SHARE.items()}
+    assumed = Rates(**shares, prefill=ASSUMED_PREFILL_SHARE * known["matmul"])
+    return rates.over(assumed).over(ASSUMED)
+
+
+def _capability(value: object) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise refuse("capability", value, "two numbers, [major, minor]")
+    major, minor = (check_int("capability", item, 0, 99) for item in value)
+    return major, minor
+
+
+def _size(key: str, table: Mapping[str, object]) -> int:
+    value = table.get(key)
+    if not isinstance(value, (str, int)):
+        raise refuse(key, value, "a size in bytes")
+    size = Size.parse(value, key)
+    if size.kind is not SizeKind.EXPLICIT:
+        raise refuse(key, value, "a size in bytes")
+    return size.num_bytes

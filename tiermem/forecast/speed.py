@@ -1,0 +1,143 @@
+"""Speed: how long a decode step takes, from what it reads and how fast this is read.
+
+Weights, K and V, small kernels: t_gpu = max(W / B_linear, 2 P b / F) + S / B_attend + L (n t_kernel + t_attend).
+Everything resident, replayed as a CUDA graph: t = max(t_gpu, t_host), t_host = t_step.
+Launched one by one: t = max(t_gpu, t_host), t_host = t_step + L (t_layer + m t_launch).
+X bytes of K and V not on the GPU stream beside the computing: t = max(t_gpu, X / B_link, t_host), and what of
+them lies on the SSD is read before it is sent, while nothing else goes on: t + Y / B_disk.
+A hot tier under LRU finds nothing of a scan that is larger than it: X = S. With a fixed resident set of C bytes,
+X = S - C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from tiermem.rates import Rates
+
+SMALL_KERNELS = 12
+"""Kernels of a decode step per layer, beside products and attention: norms, rotation, activation, additions."""
+LAUNCHES = 20
+"""Operations that a loop launches per layer beside `append` and `attend`."""
+
+
+class Mode(Enum):
+    """How K and V reach attention."""
+
+    RESIDENT = "resident"
+    """All on the GPU; the step is replayed as a CUDA graph."""
+    EAGER = "resident, launched one by one"
+    FIXED = "fixed set and streaming"
+    """What fits stays on the GPU, the rest streams over the link."""
+    LRU = "LRU and streaming"
+    """For comparison: a cyclic scan through an LRU cache that is too small; everything streams."""
+
+
+class Limit(Enum):
+    """What a step waits for."""
+
+    HBM = "hbm"
+    COMPUTE = "compute"
+    LAUNCH = "launch"
+    LINK = "link"
+    DISK = "disk"
+    CAPACITY = "capacity"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a decode step of `batch` sequences does.
+
+    weight_bytes: read of the weights. parameters: multiplied. kv_bytes: all K and V of the sequences;
+    of them streamed_bytes are not on the GPU and cold_bytes of these on the SSD.
+    """
+
+    batch: int
+    num_layers: int
+    weight_bytes: int
+    parameters: int
+    kv_bytes: int
+    streamed_bytes: int = 0
+    cold_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """A decode step in one mode: its parts, which overlap as the module says, and their sum. Seconds."""
+
+    mode: Mode
+    batch: int
+    work: Work
+    weights_s: float
+    compute_s: float
+    attention_s: float
+    kernels_s: float
+    host_s: float
+    link_s: float
+    disk_s: float
+
+    @property
+    def gpu_s(self) -> float:
+        """What the GPU computes, or reads to compute."""
+        return max(self.weights_s, self.compute_s) + self.attention_s + self.kernels_s
+
+    @property
+    def total_s(self) -> float:
+        """The step."""
+        return max(self.gpu_s, self.link_s, self.host_s) + self.disk_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all sequences together."""
+        return self.batch / self.total_s
+
+    @property
+    def limit(self) -> Limit:
+        """What takes longest."""
+        memory_s = self.attention_s + (self.weights_s if self.weights_s >= self.compute_s else 0.0)
+        product_s = self.compute_s if self.compute_s > self.weights_s else 0.0
+        if max(self.link_s, self.disk_s, self.host_s) > self.gpu_s:
+            longest = max(self.link_s, self.disk_s, self.host_s)
+            by_time = {self.disk_s: Limit.DISK, self.link_s: Limit.LINK, self.host_s: Limit.LAUNCH}
+            return by_time[longest]
+        parts = {memory_s: Limit.HBM, product_s: Limit.COMPUTE, self.kernels_s: Limit.LAUNCH}
+        return parts[max(parts)]
+
+
+def step_time(mode: Mode, work: Work, rates: Rates) -> StepTime:
+    """The time of one decode step; `rates` must be complete."""
+    known = rates.to_table()
+    layers = work.num_layers
+    eager = layers * (known["layer_s"] + LAUNCHES * known["launch_s"]) if _is_eager(mode) else 0.0
+    return StepTime(
+        mode=mode,
+        batch=work.batch,
+        work=work,
+        weights_s=work.weight_bytes / known["linear_read"],
+        compute_s=2 * work.parameters * work.batch / known["matmul"],
+        attention_s=work.kv_bytes / known["decode_read"] + layers * known["attend_s"],
+        kernels_s=layers * SMALL_KERNELS * known["kernel_s"],
+        host_s=known["step_s"] + eager,
+        link_s=work.streamed_bytes / known["link_to_device"],
+        disk_s=work.cold_bytes / known["disk_read"],
+    )
+
+
+def prefill_time(work: Work, context: int, q_width: int, rates: Rates) -> float:
+    """Seconds to compute `context` tokens of each of the batch's sequences, without reuse of stored prefixes.
+
+    Parameters
+    ----------
+    q_width: query heads times head size.
+    """
+    known = rates.to_table()
+    products = 2.0 * work.parameters * work.batch * context
+    attention = 2.0 * work.batch * work.num_layers * q_width * context * context  # 4, causal: half
+    computed = products / known["matmul"] + attention / known["prefill"]
+    return max(computed, work.streamed_bytes / known["link_to_host"])
+
+
+def _is_eager(mode: Mode) -> bool:
+    """A captured graph has fixed tables: it needs everything resident."""
+    return mode is not Mode.RESIDENT
