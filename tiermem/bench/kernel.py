@@ -61,7 +61,7 @@ class _KernelRows:
         self._bench.progress(f"kernel: decode, {case.text}")
         layout = PageLayout(case.num_layers, case.heads.kv, HEAD_DIM, "float16", case.page_tokens)
         pool = self._field.pool(layout)
-        tables = self._field.tables(pool, case.lengths, [1] * len(case.lengths))
+        tables = self._field.tables(self._backend, pool, case.lengths, [1] * len(case.lengths))
         q = self._queries(len(case.lengths), case.heads.q)
         outs: dict[int, torch.Tensor] = {}
 
@@ -88,7 +88,7 @@ class _KernelRows:
         layout = PageLayout(2, heads.kv, HEAD_DIM, "float16", 64)
         pool = self._field.pool(layout)
         length = past_tokens + new_tokens
-        tables = self._field.tables(pool, [length], [new_tokens])
+        tables = self._field.tables(self._backend, pool, [length], [new_tokens])
         q = self._queries(new_tokens, heads.q)
         outs: dict[int, torch.Tensor] = {}
 

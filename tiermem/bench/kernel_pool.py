@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from tiermem.attention.backend import AttentionBackend
 from tiermem.attention.pool_view import PagedTables, PoolView
+from tiermem.attention.work_list import WorkList
 from tiermem.device.protocol import Device
 from tiermem.errors import ConfigError
 from tiermem.layout import PageLayout
@@ -44,9 +47,16 @@ class KvField:
         return PoolView(self._data, layout, slot_items, self._data.numel() // slot_items)
 
     def tables(
-        self, pool: PoolView, lengths: Sequence[int], new_tokens: Sequence[int]
+        self,
+        backend: AttentionBackend,
+        pool: PoolView,
+        lengths: Sequence[int],
+        new_tokens: Sequence[int],
     ) -> PagedTables:
-        """Sequences of `lengths` tokens, the last `new_tokens` of them new, in random slots of the pool."""
+        """Sequences of `lengths` tokens, the last `new_tokens` of them new, in random slots of the pool.
+
+        Decoding is planned as a step would.
+        """
         counts = [pool.layout.pages_for(length) for length in lengths]
         slots = self._slots(pool, sum(counts))
         block = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
@@ -68,6 +78,7 @@ class KvField:
             max_rows=max(new_tokens),
             max_pages=max(counts),
             num_rows=rows[-1],
+            work=self._work(backend, pool, lengths) if max(new_tokens) == 1 else None,
         )
 
     def places(self, pool: PoolView, tokens: int, part: int) -> torch.Tensor:
@@ -77,6 +88,15 @@ class KvField:
         within = torch.arange(pool.layout.page_tokens)
         flat = (slots[:, None] * pool.layout.page_tokens + within).flatten()
         return flat[:tokens].to(self._on)
+
+    def _work(
+        self, backend: AttentionBackend, pool: PoolView, lengths: Sequence[int]
+    ) -> WorkList | None:
+        planned = backend.plan(pool.layout, np.array(lengths, dtype=np.int64))
+        if planned is None:
+            return None
+        rows = torch.from_numpy(planned.rows.copy()).to(self._on)
+        return WorkList(rows, planned.max_splits, planned.num_partials)
 
     def _slots(self, pool: PoolView, count: int) -> torch.Tensor:
         """The first `count` slots of an order of all that looks random and is the same every time."""
