@@ -52,6 +52,7 @@ LAYERS = {
     "manager": [
         "tiermem.build",
         "tiermem.graphs",
+        "tiermem.limits",
         "tiermem.manager",
         "tiermem.pressure",
         "tiermem.snapshots",

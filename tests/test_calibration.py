@@ -49,7 +49,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def made(**changes: Any) -> Calibration:
     values = {
         "machine": MACHINE, "made_s": NOW_S - DAY_S, "quick": False, "rates": RATES,
-        "disks": (DiskPlace("/mnt/ssd", 66, {"read": 4.5e9}),), "copies": {"h2d": [1, 2]},
+        "disks": (DiskPlace("/mnt/ssd", 66, 4.5e9, 4e9, {"engine": "threads"}),), "copies": {"h2d": [1, 2]},
     }  # fmt: skip
     return Calibration(**{**values, **changes})
 
@@ -179,8 +179,11 @@ def test_a_rate_that_cannot_be_spoils_the_file(key: str, value: object) -> None:
         lambda table: table.update(rates=None),
         lambda table: table.update(disks={}),
         lambda table: table.update(disks=[{}]),
-        lambda table: table.update(disks=[{"path": "", "device_id": 1, "rates": {}}]),
-        lambda table: table.update(disks=[{"path": "x", "device_id": -1, "rates": {}}]),
+        lambda table: table["disks"][0].update(path=""),
+        lambda table: table["disks"][0].update(device_id=-1),
+        lambda table: table["disks"][0].update(read=0),
+        lambda table: table["disks"][0].update(write="fast"),
+        lambda table: table["disks"][0].update(details=[]),
         lambda table: table.update(disks=table["disks"] * 100),
         lambda table: table.update(copies=[]),
         lambda table: table.update(made_s="now"),
@@ -281,13 +284,15 @@ def test_the_log_says_once_why_a_file_is_not_used(caplog: pytest.LogCaptureFixtu
 
 def test_a_disk_is_found_by_its_path_then_by_its_file_system(tmp_path: Path) -> None:
     device_id = tmp_path.stat().st_dev
-    other = DiskPlace("/elsewhere", device_id, {"read": 1.0})
-    exact = DiskPlace(str(tmp_path / "store"), device_id, {"read": 2.0})
-    foreign = DiskPlace(str(tmp_path / "third"), device_id + 1, {"read": 3.0})
+    other = DiskPlace("/elsewhere", device_id, 1e9, 1e9)
+    exact = DiskPlace(str(tmp_path / "store"), device_id, 2e9, 2e9)
+    foreign = DiskPlace(str(tmp_path / "third"), device_id + 1, 3e9, 3e9)
     found = made(disks=(foreign, other, exact))
     assert found.disk_at(tmp_path / "store") == exact
     assert found.disk_at(tmp_path / "third") == other
     assert made(disks=(foreign,)).disk_at(tmp_path) is None
+    here = DiskPlace.at(tmp_path / "new", 1e9, 2e9)
+    assert (here.path, here.device_id) == (str(tmp_path / "new"), device_id)
 
 
 def test_this_machine_is_itself_and_reads_back() -> None:

@@ -21,7 +21,7 @@ from tiermem.configfile import parse_json
 from tiermem.errors import ConfigError
 from tiermem.fields import check_int, check_keys, check_number, check_text, refuse
 from tiermem.machine import Machine
-from tiermem.rates import Rates
+from tiermem.rates import RATE_RANGE, Rates
 from tiermem.version import VERSION
 
 FORMAT = 1
@@ -39,14 +39,47 @@ log = logging.getLogger("tiermem")
 
 @dataclass(frozen=True, slots=True)
 class DiskPlace:
-    """What was measured in a directory: `rates` as the disk's own measurement describes them.
+    """What was measured in a directory: the best direct reads and writes of large blocks, bytes/s.
 
-    device_id: of the file system, as the kernel numbers it.
+    device_id: of the file system, as the kernel numbers it. details: what else the disk's own measurement says,
+    in its own words.
     """
 
     path: str
     device_id: int
-    rates: Mapping[str, object]
+    read: float
+    write: float
+    details: Mapping[str, object] | None = None
+
+    @classmethod
+    def at(
+        cls, path: Path, read: float, write: float, details: Mapping[str, object] | None = None
+    ) -> DiskPlace:
+        """What was measured at `path`, which need not exist any more."""
+        return cls(str(path.absolute()), _device_id(path) or 0, read, write, details)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, object]) -> DiskPlace:
+        """The place whose `to_table` gave `table`; ConfigError for a value that cannot be."""
+        check_keys(table, ("path", "device_id", "read", "write", "details"))
+        details = table.get("details")
+        return cls(
+            path=check_text("path", table.get("path"), 4096),
+            device_id=check_int("device_id", table.get("device_id"), 0, 2**64),
+            read=check_number("read", table.get("read"), *RATE_RANGE),
+            write=check_number("write", table.get("write"), *RATE_RANGE),
+            details=None if details is None else _table("details", details),
+        )
+
+    def to_table(self) -> dict[str, object]:
+        """Names and plain values."""
+        return {
+            "path": self.path,
+            "device_id": self.device_id,
+            "read": self.read,
+            "write": self.write,
+            "details": None if self.details is None else dict(self.details),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +117,7 @@ class Calibration:
             "made_s": self.made_s,
             "quick": self.quick,
             "rates": self.rates.to_table(),
-            "disks": [
-                {"path": place.path, "device_id": place.device_id, "rates": dict(place.rates)}
-                for place in self.disks
-            ],
+            "disks": [place.to_table() for place in self.disks],
             "copies": None if self.copies is None else dict(self.copies),
         }
 
@@ -254,16 +284,7 @@ def _parse(text: str) -> Calibration:
 def _disks(value: object) -> tuple[DiskPlace, ...]:
     if not isinstance(value, list) or len(value) > MAX_DISKS:
         raise refuse("disks", value, f"a list of at most {MAX_DISKS} places")
-    return tuple(_disk(_table("disks", item)) for item in value)
-
-
-def _disk(table: Mapping[str, object]) -> DiskPlace:
-    check_keys(table, ("path", "device_id", "rates"))
-    return DiskPlace(
-        path=check_text("path", table.get("path"), 4096),
-        device_id=check_int("device_id", table.get("device_id"), 0, 2**64),
-        rates=_table("rates", table.get("rates")),
-    )
+    return tuple(DiskPlace.from_table(_table("disks", item)) for item in value)
 
 
 def _table(key: str, value: object) -> Mapping[str, object]:

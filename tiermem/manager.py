@@ -18,6 +18,7 @@ from tiermem.device.discovery import open_device
 from tiermem.device.protocol import Device
 from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.layout import PageLayout
+from tiermem.limits import calibration_of, route_limits
 from tiermem.pools import VALID, Ids, Tier
 from tiermem.pressure import Pressure
 from tiermem.resident import ResidentPool
@@ -71,6 +72,7 @@ class TierManager:
         self._device = device if device is not None else open_device(config.device)[0]
         self._store: ColdStore | None = None
         try:
+            self._limits = route_limits(calibration_of(self._device), config.ssd_path)
             self._store = open_store(layout, config)
             self._core = build_core(
                 layout, config, model_id, shard, self._device, self._store, self._seal_idle
@@ -210,7 +212,7 @@ class TierManager:
             flows=tuple(
                 FlowStats(
                     src.name, dst.name, flow.num_bytes, flow.num_transfers, flow.in_flight,
-                    flow.gb_per_s, flow.streamed_bytes,
+                    flow.gb_per_s, flow.streamed_bytes, self._limits.get((src, dst)),
                 )
                 for (src, dst), flow in sorted(core.mover.meter.flows().items())
             ),

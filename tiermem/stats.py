@@ -38,6 +38,7 @@ class FlowStats:
     """What went from tier `src` to tier `dst`; the rate is a mean over the time with something in flight.
 
     `num_bytes`, `transfers` and the rate are of whole pages; `streamed_bytes` are slices of pages for a step.
+    `limit_gb_per_s` is the rate that was measured to be possible on this route; None where nothing was.
     """
 
     src: str
@@ -47,6 +48,14 @@ class FlowStats:
     in_flight: int
     gb_per_s: float
     streamed_bytes: int
+    limit_gb_per_s: float | None = None
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """The mean rate as a share of what is possible, about 0 to 1; None where nothing moved or is known."""
+        if self.limit_gb_per_s is None or self.gb_per_s <= 0:
+            return None
+        return self.gb_per_s / self.limit_gb_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +111,5 @@ class Stats:
     def to_json(self) -> dict[str, object]:
         """Names and plain values, for `json.dumps`."""
         derived = {"hit_rates": self.hit_rates, "prefix_hit_rate": self.prefix_hit_rate}
-        return {**asdict(self), **derived}
+        flows = [{**asdict(flow), "share_of_limit": flow.share_of_limit} for flow in self.flows]
+        return {**asdict(self), "flows": flows, **derived}

@@ -89,7 +89,7 @@ def tier_table(tiers: Sequence[TierStats], hit_rates: dict[str, float]) -> Table
 def flow_table(flows: Sequence[FlowStats], rates: Rates | None = None) -> Table:
     """Bytes moved between tiers by direction; empty where nothing moved yet."""
     titles: tuple[str, ...] = (
-        "moved", "pages", "transfers", "in flight", "rate while busy", "streamed",
+        "moved", "pages", "transfers", "in flight", "rate while busy", "of limit", "streamed",
     )  # fmt: skip
     rows = [
         (
@@ -98,6 +98,7 @@ def flow_table(flows: Sequence[FlowStats], rates: Rates | None = None) -> Table:
             count_text(flow.transfers),
             count_text(flow.in_flight),
             rate_text(flow.gb_per_s),
+            share_text(flow.share_of_limit),
             size_text(flow.streamed_bytes),
             *([] if rates is None else [rate_text(rates.gb_per_s(flow))]),
         )

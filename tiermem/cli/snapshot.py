@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
 from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
@@ -46,7 +46,7 @@ class Snapshot:
 
 
 def read_stats(document: Mapping[str, Any]) -> Stats:
-    """The Stats whose `to_json` gave `document`.
+    """The Stats whose `to_json` gave `document`; what has a default may be missing.
 
     Raises
     ------
@@ -60,6 +60,9 @@ def read_stats(document: Mapping[str, Any]) -> Stats:
 
 
 def _parts(kind: type[Part], tables: list[Mapping[str, Any]]) -> tuple[Part, ...]:
+    names = [field.name for field in fields(kind)]
+    optional = {field.name for field in fields(kind) if field.default is not MISSING}
     return tuple(
-        kind(**{field.name: table[field.name] for field in fields(kind)}) for table in tables
+        kind(**{name: table[name] for name in names if name in table or name not in optional})
+        for table in tables
     )

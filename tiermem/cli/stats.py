@@ -30,7 +30,8 @@ what the columns mean:
   open       still being written to
   hits       of the stored pages that steps needed, the share that was found here
   demoted    pages copied from this tier to a lower one, ahead of need or at need
-  moved      whole pages that were copied to stay, and slices of pages that were streamed for one step"""
+  moved      whole pages that were copied to stay, and slices of pages that were streamed for one step
+  of limit   the rate while busy, as a share of what `tiermem calibrate` measured on this route"""
 
 DEFAULT_INTERVAL_S = 1.0
 

@@ -17,6 +17,7 @@ from tiermem.device.discovery import choose, survey
 from tiermem.device.host import host_total_bytes
 from tiermem.forecast.hardware import Hardware, complete
 from tiermem.machine import Machine
+from tiermem.rates import Rates
 
 
 def hardware_here(ssd_path: Path | None) -> Hardware:
@@ -37,7 +38,9 @@ def hardware_here(ssd_path: Path | None) -> Hardware:
     if found.calibration is None:
         why = found.problem or f"no calibration of this machine: {calibration.FIX}"
         return replace(hardware, origin=f"{known.origin}; {why}")
-    rates = found.calibration.rates.over(known.rates)
+    disk = found.calibration.disk_at(ssd_path or private_base())
+    measured = Rates() if disk is None else Rates(disk_read=disk.read, disk_write=disk.write)
+    rates = measured.over(found.calibration.rates).over(known.rates)
     return replace(hardware, rates=complete(rates), origin=_origin(found.calibration))
 
 

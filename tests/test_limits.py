@@ -1,0 +1,78 @@
+"""Limits of routes: taken from the calibration, shown beside the rates, missing where nothing was measured."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiermem import PageLayout, TierConfig, TierManager, calibration
+from tiermem.calibration import Calibration, DiskPlace
+from tiermem.cli.manager_text import flow_table
+from tiermem.cli.snapshot import read_stats
+from tiermem.device.cpu import CpuDevice
+from tiermem.device.simulated import SimulatedDevice
+from tiermem.limits import calibration_of, route_limits
+from tiermem.machine import Machine
+from tiermem.pools import Tier
+from tiermem.rates import Rates
+from tiermem.stats import FlowStats
+
+RATES = Rates(link_to_device=50e9, link_to_host=40e9, hbm_copy=4e12)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERMEM_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def made(path: Path) -> Calibration:
+    disk = DiskPlace.at(path, 4e9, 3e9)
+    return Calibration(Machine.here(None), time.time(), False, RATES, (disk,))
+
+
+def test_a_route_is_as_fast_as_its_slowest_part(tmp_path: Path) -> None:
+    assert route_limits(made(tmp_path), tmp_path) == {
+        (Tier.RAM, Tier.GPU): 50, (Tier.GPU, Tier.RAM): 40, (Tier.SSD, Tier.RAM): 4,
+        (Tier.RAM, Tier.SSD): 3, (Tier.SSD, Tier.GPU): 4, (Tier.GPU, Tier.SSD): 3,
+        (Tier.GPU, Tier.GPU): 2000,
+    }  # fmt: skip
+
+
+def test_what_was_not_measured_has_no_limit(tmp_path: Path) -> None:
+    assert route_limits(None, tmp_path) == {}
+    limits = route_limits(made(tmp_path), None)
+    assert set(limits) == {(Tier.RAM, Tier.GPU), (Tier.GPU, Tier.RAM), (Tier.GPU, Tier.GPU)}
+
+
+def test_a_simulated_device_is_not_calibrated(tmp_path: Path) -> None:
+    calibration.save(made(tmp_path))
+    assert calibration_of(SimulatedDevice()) is None
+    assert calibration_of(CpuDevice()) == calibration.load(Machine.here(None)).calibration
+
+
+def test_a_manager_shows_its_rates_as_shares(tmp_path: Path) -> None:
+    calibration.save(made(tmp_path))
+    layout = PageLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16)
+    config = TierConfig(gpu="16KiB", ram="64KiB", ssd=0, device="cpu", high_watermark=1.0)
+    with TierManager(layout, config) as tm:
+        sequence = tm.open_sequence()
+        kv = torch.rand(128, 1, 16)
+        with tm.step([sequence], 128) as step:
+            step.append(0, kv, kv)
+        tm.poll()
+        stats = tm.stats()
+        flow = next(flow for flow in stats.flows if (flow.src, flow.dst) == ("GPU", "RAM"))
+    assert flow.limit_gb_per_s == 40
+    read = read_stats(stats.to_json())
+    assert read == stats
+
+
+def test_shares_are_shown_and_old_figures_are_read() -> None:
+    flow = FlowStats("RAM", "GPU", 10**9, 3, 0, 45.0, 0, 50.0)
+    assert flow.share_of_limit == 0.9
+    assert "90.0%" in "\n".join(flow_table([flow]).lines())
+    assert FlowStats("RAM", "GPU", 0, 0, 0, 0.0, 0, 50.0).share_of_limit is None
+    assert FlowStats("RAM", "GPU", 10**9, 3, 0, 45.0, 0).share_of_limit is None

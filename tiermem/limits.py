@@ -1,0 +1,47 @@
+"""Limits: the rates that transfers between two tiers cannot exceed on this machine, as it was calibrated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiermem.calibration import Calibration, load_logged
+from tiermem.device.discovery import survey
+from tiermem.device.protocol import Device, DeviceKind
+from tiermem.machine import Machine
+from tiermem.meter import Route
+from tiermem.pools import Tier
+
+
+def calibration_of(device: Device) -> Calibration | None:
+    """What was measured with `device` on this machine; why a file is not used is logged once."""
+    if device.kind is DeviceKind.SIMULATED:
+        return None
+    if device.kind is DeviceKind.CPU:
+        return load_logged(Machine.here(None))
+    report = survey()
+    index = device.torch_device.index
+    gpu = next((gpu for gpu in report.gpus if gpu.index == index), None)
+    return None if gpu is None else load_logged(Machine.here(gpu, report.driver_version))
+
+
+def route_limits(made: Calibration | None, ssd_path: Path | None) -> dict[Route, float]:
+    """10^9 bytes/s of each route whose limit is known; through two media, that of the slower one."""
+    if made is None:
+        return {}
+    rates = made.rates
+    disk = None if ssd_path is None else made.disk_at(ssd_path)
+    read, write = (None, None) if disk is None else (disk.read, disk.write)
+    known = {
+        (Tier.RAM, Tier.GPU): rates.link_to_device,
+        (Tier.GPU, Tier.RAM): rates.link_to_host,
+        (Tier.SSD, Tier.RAM): read,
+        (Tier.RAM, Tier.SSD): write,
+        (Tier.SSD, Tier.GPU): _slower(read, rates.link_to_device),
+        (Tier.GPU, Tier.SSD): _slower(write, rates.link_to_host),
+        (Tier.GPU, Tier.GPU): None if rates.hbm_copy is None else rates.hbm_copy / 2,
+    }
+    return {route: limit / 1e9 for route, limit in known.items() if limit is not None}
+
+
+def _slower(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else min(first, second)
