@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from cli_support import Cli
 
 from tiermem import PageLayout, TierConfig, TierManager, _core
-from tiermem.cli import checkup, disk_probe
+from tiermem.calibration import Calibration, DiskPlace, save
+from tiermem.cli import checkup, disk_probe, hardware_bounds
 from tiermem.cli.checkup import examine
 from tiermem.cli.checkup_text import checkup_lines
 from tiermem.cli.disk_probe import probe_disk
+from tiermem.cli.hardware_bounds import link_bound
 from tiermem.device.report import DeviceReport, GpuInfo
+from tiermem.machine import Machine
+from tiermem.rates import Rates
 
 NO_GPU = DeviceReport(0, 13000, "2.13.0", None, (), "no NVIDIA driver is installed")
 H200 = GpuInfo(0, "NVIDIA H200", (9, 0), 141 << 30, 139 << 30, 132, "0000:01:00.0")
@@ -24,6 +30,11 @@ K80 = GpuInfo(1, "Tesla K80", (3, 7), 12 << 30, None, 13, "0000:02:00.0", "too o
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     return Cli(capsys)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIERMEM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
 def with_devices(monkeypatch: pytest.MonkeyPatch, report: DeviceReport) -> None:
@@ -60,6 +71,7 @@ def test_the_json_has_every_part(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_
     document = cli("doctor", "--json", "--ssd-path", tmp_path / "new").json()
     assert set(document) == {
         "tiermem", "python", "versions", "host", "devices", "disk", "plan", "warnings",
+        "calibration", "bounds", "shares_of_bounds",
     }  # fmt: skip
     assert set(document["versions"]) == set(checkup.PACKAGES)
     assert document["devices"]["problem"] == NO_GPU.problem
@@ -72,6 +84,78 @@ def test_the_json_has_every_part(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_
     assert document["plan"]["profile"] == "cpu"
     assert document["plan"]["ssd_bytes"] > 0
     assert document["warnings"][0] == "no GPU is usable: no NVIDIA driver is installed"
+
+
+def test_it_says_how_to_calibrate(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_devices(monkeypatch, NO_GPU)
+    assert "calibration  none: run `tiermem calibrate`" in cli("doctor").out
+    assert cli("doctor", "--json").json()["calibration"]["calibration"] is None
+
+
+def test_measured_rates_are_shown_with_their_share_of_the_hardwares(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with_devices(monkeypatch, DeviceReport(13020, 13000, "2.13.0", "13.0", (H200,), None))
+    place = tmp_path / "0000:01:00.0"
+    place.mkdir()
+    (place / "max_link_speed").write_text("32.0 GT/s PCIe\n")
+    (place / "current_link_width").write_text("16\n")
+    monkeypatch.setattr(hardware_bounds, "link_bound", partial(link_bound, devices=tmp_path))
+    rates = Rates(link_to_device=55.5e9, hbm_read=4.5e12, step_s=1e-4)
+    machine = Machine.here(H200, 13020)
+    disks = (DiskPlace.at(tmp_path, 4.5e9, 4.3e9),)
+    save(Calibration(machine, time.time() - 7200, False, rates, disks))
+    text = cli("doctor").out
+    for words in (
+        "RAM to GPU", "55.5 GB/s", "88.1%", "4,500 GB/s", "100 µs", "4.50 GB/s",
+        "measured with care 2 h 0 min ago",
+    ):  # fmt: skip
+        assert words in text, words
+    document = cli("doctor", "--json").json()
+    assert document["shares_of_bounds"] == {
+        "link_to_device": pytest.approx(55.5 / 63.015, rel=1e-3)
+    }
+    assert document["calibration"]["calibration"]["rates"]["link_to_device"] == 55.5e9
+
+
+def test_a_calibration_that_is_not_used_is_a_warning(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_devices(monkeypatch, NO_GPU)
+    other = replace(Machine.here(None), kernel="2.6.32")
+    save(Calibration(other, time.time(), False, Rates()))
+    found = cli("doctor")
+    assert found.code == 0
+    text = " ".join(found.out.split())
+    assert "calibration not used, see the warning" in text
+    assert "made on another machine: kernel '2.6.32'" in text
+
+
+@pytest.mark.parametrize(
+    ("speed", "width", "gb_per_s"),
+    [
+        ("8.0 GT/s PCIe", "16", 15.75), ("16.0 GT/s PCIe", "16", 31.5), ("5.0 GT/s", "8", 4.0),
+        ("2.5 GT/s PCIe", "1", 0.25), ("Unknown", "16", None), ("8.0 GT/s", "63", None),
+        ("8.0 GT/s", "0", None), ("8.0 GT/s", "", None),
+    ],
+)  # fmt: skip
+def test_the_link_is_known_by_generation_and_width(
+    tmp_path: Path, speed: str, width: str, gb_per_s: float | None
+) -> None:
+    assert link_bound("0000:0A:00.0", tmp_path) is None
+    place = tmp_path / "0000:0a:00.0"
+    place.mkdir()
+    (place / "max_link_speed").write_text(speed)
+    (place / "current_link_width").write_text(width)
+    bound = link_bound("0000:0A:00.0", tmp_path)
+    assert bound == (None if gb_per_s is None else pytest.approx(gb_per_s * 1e9, rel=1e-3))
+
+
+def test_a_bound_that_was_exceeded_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware_bounds, "link_bound", lambda _bus_id: 8e9)
+    measured = Rates(link_to_device=55e9, link_to_host=7e9, link_both=15e9)
+    bounds = hardware_bounds.gpu_bounds(H200, measured)
+    assert bounds == Rates(link_to_host=8e9, link_both=16e9)
 
 
 def test_looking_leaves_nothing_behind(tmp_path: Path) -> None:

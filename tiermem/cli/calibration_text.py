@@ -38,15 +38,27 @@ _TIMES = (
 )
 
 
-def calibration_lines(made: Calibration, now_s: float, width: int | None) -> list[str]:
-    """What was measured, when, and until when it is used."""
+def calibration_lines(
+    made: Calibration, now_s: float, width: int | None, bounds: Rates | None = None
+) -> list[str]:
+    """What was measured, when, and until when it is used; as a share of `bounds` where they are known."""
     age, left = duration_text(now_s - made.made_s), duration_text(made.expires_s - now_s)
     how = "in haste" if made.quick else "with care"
     return [
-        *rate_table(made.rates).lines(width),
+        *rate_table(made.rates, bounds).lines(width),
+        *disk_lines(made, width),
         "",
         f"measured {how} {age} ago, used for another {left}",
     ]
+
+
+def disk_lines(made: Calibration, width: int | None) -> list[str]:
+    """Every disk that was measured."""
+    rows = tuple(
+        (place.path, rate_text(place.read / 1e9), rate_text(place.write / 1e9))
+        for place in made.disks
+    )
+    return ["", *Table(("SSD tier at", "read", "write"), rows).lines(width)] if rows else []
 
 
 def rate_table(rates: Rates, bounds: Rates | None = None) -> Table:

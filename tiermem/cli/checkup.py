@@ -11,14 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import tiermem
+from tiermem import calibration
+from tiermem.calibration import Found
 from tiermem.cli.checkup_text import checkup_lines
 from tiermem.cli.disk_probe import DiskReport, probe_disk
+from tiermem.cli.hardware_bounds import gpu_bounds
 from tiermem.cli.host_probe import HostReport, probe_host
 from tiermem.cli.screen import terminal_width
 from tiermem.cli.tier_options import private_base
 from tiermem.config import TierConfig, profile_for_device
 from tiermem.device.discovery import choose, probe
 from tiermem.device.report import DeviceChoice, DeviceReport
+from tiermem.machine import Machine
+from tiermem.rates import Rates
 
 PACKAGES = ("torch", "triton", "cuda-bindings", "transformers", "numpy", "lmdb")
 LITTLE_DISK_BYTES = 2**30
@@ -38,7 +43,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Checkup:
-    """Everything that was found. `versions` has None for what is not installed."""
+    """Everything that was found. `versions` has None for what is not installed.
+
+    calibration: the rates that were measured here, if they were. bounds: what the hardware is made for.
+    """
 
     tiermem: str
     python: str
@@ -47,11 +55,22 @@ class Checkup:
     devices: DeviceReport
     disk: DiskReport
     plan: Plan
+    calibration: Found
+    bounds: Rates
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
         """Names and plain values, for `json.dumps`."""
-        return asdict(self)
+        table = {**asdict(self), "calibration": self.calibration.to_table()}
+        return {**table, "bounds": self.bounds.to_table(), "shares_of_bounds": self.shares}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Measured rates as a share of what the hardware is made for, where that is known."""
+        made = self.calibration.calibration
+        measured = {} if made is None else made.rates.to_table()
+        bounds = self.bounds.to_table()
+        return {name: rate / bounds[name] for name, rate in measured.items() if name in bounds}
 
 
 def run(ssd_path: Path | None, as_json: bool) -> int:
@@ -71,6 +90,7 @@ def examine(ssd_path: Path | None) -> Checkup:
     devices = probe()
     place = private_base() / "tiermem" if ssd_path is None else ssd_path.expanduser()
     disk = probe_disk(place)
+    found = calibration.load(_machine(devices))
     return Checkup(
         tiermem=tiermem.__version__,
         python=platform.python_version(),
@@ -79,8 +99,21 @@ def examine(ssd_path: Path | None) -> Checkup:
         devices=devices,
         disk=disk,
         plan=_plan(host, devices, disk, ssd_path),
-        warnings=tuple(_warnings(versions, host, devices, disk)),
+        calibration=found,
+        bounds=_bounds(devices, found),
+        warnings=tuple(_warnings(versions, host, devices, disk, found)),
     )
+
+
+def _machine(devices: DeviceReport) -> Machine:
+    return Machine.here(choose("auto", devices).gpu, devices.driver_version)
+
+
+def _bounds(devices: DeviceReport, found: Found) -> Rates:
+    gpu = choose("auto", devices).gpu
+    if gpu is None or found.calibration is None:
+        return Rates()
+    return gpu_bounds(gpu, found.calibration.rates)
 
 
 def _plan(host: HostReport, devices: DeviceReport, disk: DiskReport, ssd_path: Path | None) -> Plan:
@@ -108,7 +141,11 @@ def _device_text(choice: DeviceChoice) -> str:
 
 
 def _warnings(
-    versions: dict[str, str | None], host: HostReport, devices: DeviceReport, disk: DiskReport
+    versions: dict[str, str | None],
+    host: HostReport,
+    devices: DeviceReport,
+    disk: DiskReport,
+    found: Found,
 ) -> Iterator[str]:
     """What is in the way, most important first."""
     if devices.problem is not None:
@@ -121,6 +158,8 @@ def _warnings(
     if not host.fast_checksum:
         yield "the CPU has neither AVX2 nor AVX-512: checksums are computed slowly"
     yield from _disk_warnings(disk)
+    if found.problem is not None:
+        yield found.problem
 
 
 def _disk_warnings(disk: DiskReport) -> Iterator[str]:

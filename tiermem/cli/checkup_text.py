@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from typing import TYPE_CHECKING
 
+from tiermem.calibration import FIX
+from tiermem.cli.calibration_text import calibration_lines
 from tiermem.cli.human import size_text
 from tiermem.cli.table import pairs
 from tiermem.device.report import GpuInfo, version_text
@@ -21,6 +24,7 @@ def checkup_lines(found: Checkup, width: int | None) -> list[str]:
     lines: list[str] = []
     for block in (_software(found), _hardware(found), _disk(found), _plan(found)):
         lines += [*pairs(block).lines(width), ""]
+    lines += [*_calibration(found, width), ""]
     if not found.warnings:
         return [*lines, "everything looks fine"]
     return lines + [line for text in found.warnings for line in _warning_lines(text, width)]
@@ -79,6 +83,14 @@ def _plan(found: Checkup) -> list[tuple[str, str]]:
         ("RAM tier", size_text(plan.ram_bytes)),
         ("SSD tier", ssd),
     ]
+
+
+def _calibration(found: Checkup, width: int | None) -> list[str]:
+    made = found.calibration.calibration
+    if made is None:
+        why = "not used, see the warning" if found.calibration.problem else f"none: {FIX}"
+        return pairs([("calibration", why)]).lines(width)
+    return calibration_lines(made, time.time(), width, found.bounds)
 
 
 def _warning_lines(text: str, width: int | None) -> list[str]:
