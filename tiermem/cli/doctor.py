@@ -10,8 +10,8 @@ from tiermem.cli.options import CommandParser, Commands, add_json
 NAME = "doctor"
 
 DESCRIPTION = """\
-Show what this machine has, what tiermem would use of it and why, what is in the way, and how fast it was measured to be
-(see `tiermem calibrate`).
+Show what this machine has, what tiermem would use of it and why, what is in the way, and how fast `tiermem
+calibrate` measured it to be.
 
 Makes a CUDA context on each GPU for a moment, and a small file where the cold tier would be; both are gone
 afterwards."""
