@@ -51,7 +51,11 @@ def _heads(head_dim: int, page_tokens: int) -> tuple[int, int]:
 
 def _run_and_check(shape: Shape, seed: int, backend: AttentionBackend) -> None:
     case = make_case(shape, seed).to("cuda")
-    cases.check(case, case.run(backend), expected=case.expected_quickly())
+    expected = case.expected_quickly()
+    cases.check(case, case.run(backend), expected=expected)
+    if set(shape.rows) == {1} and not shape.scattered:
+        planned = cases.with_work(case, backend, padding=seed % 4)
+        cases.check(case, planned.run(backend), expected=expected)
 
 
 @pytest.mark.parametrize("page_tokens", PAGE_TOKENS, ids="page{}".format)
@@ -225,6 +229,89 @@ def test_a_captured_graph_follows_the_tables(backend: AttentionBackend, seed: in
         _shorten(case, shorter)
         graph.replay()
         cases.check(case, result, expected=case.expected_quickly())
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "page_tokens"), [(8, 7, 64), (8, 4, 16), (2, 1, 128)]
+)
+def test_a_captured_decode_follows_growing_sequences_and_new_plans(
+    kv_heads: int, group: int, page_tokens: int, backend: AttentionBackend, seed: int
+) -> None:
+    stored = (9000, 500, 3000)
+    shape = Shape(kv_heads, group, 128, page_tokens, "float16", (1, 1, 1), stored)
+    case = cases.with_work(make_case(shape, seed).to("cuda"), backend, padding=40)
+    case.run(backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = case.run(backend)
+    work = case.tables.work
+    assert work is not None
+    for lengths in (
+        (1, 1, 1),
+        (4000, 20, 1),
+        (4000 + page_tokens, 21, 33),
+        (4100, 500, 3000),
+        stored,
+    ):
+        ends = torch.tensor(lengths, dtype=torch.int32)
+        case.tables.kv_end.copy_(ends)
+        case.tables.q_start.copy_(ends - 1)
+        if lengths != (4100, 500, 3000):  # this one grows within the plan before it
+            planned = backend.plan(case.pool.layout, ends.long().numpy())
+            assert planned is not None and len(planned.rows) <= len(work.rows)
+            work.rows.copy_(
+                cases.on_device(planned, case.q.device, len(work.rows) - len(planned.rows)).rows
+            )
+        graph.replay()
+        cases.check(case, result, expected=case.expected_quickly())
+
+
+@pytest.mark.parametrize("page_tokens", PAGE_TOKENS)
+@pytest.mark.parametrize(("kv_heads", "group"), [(8, 7), (3, 1), (2, 16), (2, 20)])
+def test_planned_decode_of_every_length(
+    kv_heads: int, group: int, page_tokens: int, backend: AttentionBackend, seed: int
+) -> None:
+    lengths = tuple(range(1 + seed % 7, 1024, 7))
+    shape = Shape(kv_heads, group, 128, page_tokens, "float16", (1,) * len(lengths), lengths)
+    case = cases.with_work(make_case(shape, seed).to("cuda"), backend)
+    cases.check(case, case.run(backend), expected=case.expected_quickly())
+
+
+@pytest.mark.parametrize("num_sms", [1, 40, 1000])
+@pytest.mark.parametrize("dtype", cases.TOLERANCE)
+def test_planned_decode_of_any_number_of_splits(dtype: str, num_sms: int, seed: int) -> None:
+    from tiermem.attention.kernels.backend import TritonBackend
+
+    shape = Shape(8, 4, 64, 32, dtype, (1,) * 5, (12000, 7, 300, 1, 4096 + seed % 32))
+    _run_and_check(shape, seed, TritonBackend(torch.cuda.get_device_capability(0), num_sms))
+
+
+def test_launches_follow_changes_of_strides_alignment_and_dtype(
+    backend: AttentionBackend, seed: int
+) -> None:
+    case = make_case(Shape(2, 4, 64, 16, "float16", (1, 1), (300, 77)), seed).to("cuda")
+    case = cases.with_work(case, backend)
+    expected = case.expected_quickly()
+    for _ in range(2):
+        for offset, row_items in ((0, 512), (8, 520), (1, 513), (3, 1030)):
+            memory = torch.zeros(4000, dtype=torch.float16, device="cuda")
+            q = memory[offset:].as_strided(case.q.shape, (row_items, 64, 1))
+            q.copy_(case.q)
+            for out_dtype in (torch.float16, torch.float32):
+                out, lse = replace(case, q=q).run(backend, out_dtype)
+                assert out.dtype == out_dtype
+                cases.check(case, (out, lse), expected=expected)
+
+
+def test_attention_does_not_wait_for_the_device(backend: AttentionBackend, seed: int) -> None:
+    case = make_case(Shape(8, 7, 128, 64, "float16", (1,), (3000,)), seed).to("cuda")
+    case = cases.with_work(case, backend)
+    case.run(backend)
+    torch.cuda._sleep(200_000_000)
+    ended = torch.cuda.Event()
+    ended.record()
+    case.run(backend)
+    assert not ended.query()
 
 
 def _shorten(case: Case, tokens: int) -> None:
