@@ -30,6 +30,7 @@ def draw(saved: Sequence[SavedResult], target: Path) -> None:
         there.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -47,8 +48,9 @@ def draw(saved: Sequence[SavedResult], target: Path) -> None:
         _draw_panel(axis, name, rows)
     figure.suptitle(f"{saved[0].machine}; commit {saved[0].commit[:12]}", fontsize=9)
     try:
-        # the same results give the same file
-        figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+        # without a date and with fixed ids: the same results give the same file
+        with rc_context({"svg.hashsalt": "tiermem"}):
+            figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{target}: cannot be written: {error}") from error
 
