@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -10,6 +11,7 @@
 #include <chrono>
 #include <limits>
 #include <optional>
+#include <utility>
 
 #include "bindings.h"
 #include "tiermem/block_file.h"
@@ -148,11 +150,14 @@ IoResult wait(IoEngine& engine, tiermem::Ticket ticket, std::optional<double> ti
 }
 
 std::unique_ptr<IoEngine> make_engine(tiermem::EngineKind kind, std::int64_t queue_depth,
-                                      std::int64_t num_threads, const Faults& faults) {
+                                      std::int64_t num_threads, std::int64_t num_rings,
+                                      std::int64_t piece_bytes, const Faults& faults) {
   tiermem::IoEngineOptions options;
   options.kind = kind;
   options.queue_depth = queue_depth;
   options.num_threads = num_threads;
+  options.num_rings = num_rings;
+  options.piece_bytes = piece_bytes;
   if (faults) options.file_ops = *faults;
   return tiermem::make_io_engine(options);
 }
@@ -197,7 +202,8 @@ void bind_io_engine(nb::module_& module) {
   using tiermem::IoDirection;
   nb::class_<IoEngine>(module, "IoEngine", nb::is_final())
       .def(nb::new_(&make_engine), "kind"_a = tiermem::EngineKind::automatic, "queue_depth"_a = 64,
-           "num_threads"_a = 4, nb::kw_only(), "faults"_a = nb::none())
+           "num_threads"_a = 4, "num_rings"_a = 1, "piece_bytes"_a = tiermem::kDefaultPieceBytes,
+           nb::kw_only(), "faults"_a = nb::none())
       .def_prop_ro("kind", &IoEngine::kind)
       .def("submit_read", &submit_as<IoDirection::read>, "file"_a, "offsets"_a.noconvert(),
            "addresses"_a.noconvert(), "lengths"_a.noconvert(),
@@ -208,6 +214,16 @@ void bind_io_engine(nb::module_& module) {
       .def("poll", &IoEngine::poll, "ticket"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("wait", &wait, "ticket"_a, "timeout_s"_a = nb::none())
       .def("forget", &IoEngine::forget, "ticket"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "register_memory",
+          [](IoEngine& engine, std::int64_t address, std::int64_t num_bytes) {
+            const nb::gil_scoped_release release;
+            const tiermem::Registration done = engine.register_memory(address, num_bytes);
+            return std::make_pair(done.bytes, done.error);
+          },
+          "address"_a, "num_bytes"_a)
+      .def("unregister_memory", &IoEngine::unregister_memory, "address"_a, "num_bytes"_a,
+           nb::call_guard<nb::gil_scoped_release>())
       .def(
           "close",
           [](IoEngine& engine, std::optional<double> timeout_s) {

@@ -40,9 +40,9 @@ def random_memory(rng: np.random.Generator, num_bytes: int) -> Bytes:
     return array
 
 
-def make_engine(kind: EngineKind, queue_depth: int = 8) -> IoEngine:
+def make_engine(kind: EngineKind, queue_depth: int = 8, piece_bytes: int = 1 << 20) -> IoEngine:
     try:
-        return IoEngine(kind, queue_depth=queue_depth, num_threads=3)
+        return IoEngine(kind, queue_depth=queue_depth, num_threads=3, piece_bytes=piece_bytes)
     except OSError as error:
         if kind is EngineKind.IO_URING and error.errno in (errno.ENOSYS, errno.EPERM):
             pytest.skip(f"no io_uring here: {error}")
@@ -70,11 +70,18 @@ def rng_fixture() -> np.random.Generator:
 
 
 @pytest.fixture(
-    name="engine", params=[EngineKind.IO_URING, EngineKind.THREADS], ids=["io_uring", "threads"]
+    name="engine",
+    params=[
+        pytest.param((kind, pieces * PAGE), id=f"{kind.name.lower()}-{pieces}")
+        for kind in (EngineKind.IO_URING, EngineKind.THREADS)
+        for pieces in (1, 256)
+    ],
 )
 def engine_fixture(request: pytest.FixtureRequest) -> Iterator[IoEngine]:
-    made = make_engine(request.param)
-    assert made.kind is request.param
+    """Engines that cut nearly everything into pages, and engines that join up to 1.25 MiB."""
+    kind, piece_bytes = request.param
+    made = make_engine(kind, piece_bytes=piece_bytes)
+    assert made.kind is kind
     yield made
     assert made.close(WAIT_S)
     assert made.counters().in_flight == 0

@@ -1,7 +1,6 @@
 #include "tiermem/fault_ops.h"
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <stdexcept>
 #include <string>
@@ -11,24 +10,15 @@
 namespace tiermem {
 namespace {
 
-// The segments cut off after `bytes` bytes. The engines never use more than two.
-class CutSegments {
- public:
-  CutSegments(const iovec* segments, int num_segments, std::uint64_t bytes) {
-    for (int i = 0; i < num_segments && i < 2; ++i) {
-      segments_[i] = segments[i];
-      segments_[i].iov_len = std::min<std::uint64_t>(segments[i].iov_len, bytes);
-      bytes -= segments_[i].iov_len;
-      ++count_;
-    }
+// The segments cut off after `bytes` bytes.
+std::vector<iovec> cut(const iovec* segments, int num_segments, std::uint64_t bytes) {
+  std::vector<iovec> kept(segments, segments + num_segments);
+  for (iovec& segment : kept) {
+    segment.iov_len = std::min<std::uint64_t>(segment.iov_len, bytes);
+    bytes -= segment.iov_len;
   }
-  const iovec* data() const noexcept { return segments_.data(); }
-  int size() const noexcept { return count_; }
-
- private:
-  std::array<iovec, 2> segments_ = {};
-  int count_ = 0;
-};
+  return kept;
+}
 
 int fail_with(std::uint64_t error) {
   errno = static_cast<int>(error);
@@ -102,16 +92,16 @@ ssize_t FaultOps::preadv(int fd, const iovec* segments, int num_segments, off_t 
   const Fault fault = next(FileCall::read);
   if (fault.kind == Kind::fail) return fail_with(fault.value);
   if (fault.kind != Kind::shorten) return FileOps::preadv(fd, segments, num_segments, offset);
-  const CutSegments cut(segments, num_segments, fault.value);
-  return FileOps::preadv(fd, cut.data(), cut.size(), offset);
+  const std::vector<iovec> kept = cut(segments, num_segments, fault.value);
+  return FileOps::preadv(fd, kept.data(), num_segments, offset);
 }
 
 ssize_t FaultOps::pwritev(int fd, const iovec* segments, int num_segments, off_t offset) {
   const Fault fault = next(FileCall::write);
   if (fault.kind == Kind::fail) return fail_with(fault.value);
   if (fault.kind != Kind::shorten) return FileOps::pwritev(fd, segments, num_segments, offset);
-  const CutSegments cut(segments, num_segments, fault.value);
-  return FileOps::pwritev(fd, cut.data(), cut.size(), offset);
+  const std::vector<iovec> kept = cut(segments, num_segments, fault.value);
+  return FileOps::pwritev(fd, kept.data(), num_segments, offset);
 }
 
 int FaultOps::fallocate(int fd, off_t offset, off_t bytes) {

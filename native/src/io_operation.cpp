@@ -1,30 +1,24 @@
 #include "io_operation.h"
 
 #include <cerrno>
-#include <cstring>
+#include <utility>
 
 namespace tiermem {
 namespace {
-
-iovec segment_at(std::int64_t address, std::int64_t length) {
-  return {reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)),
-          static_cast<std::size_t>(length)};
-}
 
 bool is_multiple(std::uint64_t value) { return value % kDirectAlignment == 0; }
 
 }  // namespace
 
 IoOperation::IoOperation(Ticket ticket, IoDirection direction, const BlockFile::Descriptors& files,
-                         const IoBatch& batch, std::size_t i)
+                         std::uint64_t offset, std::vector<iovec> segments, IoShare share)
     : ticket_(ticket),
       direction_(direction),
+      share_(share),
       files_(&files),
-      start_(static_cast<std::uint64_t>(batch.offsets[i])),
-      total_bytes_(static_cast<std::uint64_t>(batch.lengths[i] + batch.tail_length)),
-      end_segment_(batch.tail_addresses.empty() ? 1 : 2) {
-  segments_[0] = segment_at(batch.addresses[i], batch.lengths[i]);
-  if (end_segment_ == 2) segments_[1] = segment_at(batch.tail_addresses[i], batch.tail_length);
+      start_(offset),
+      segments_(std::move(segments)) {
+  for (const iovec& segment : segments_) total_bytes_ += segment.iov_len;
 }
 
 bool IoOperation::is_aligned() const noexcept {

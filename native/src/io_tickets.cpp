@@ -2,6 +2,9 @@
 
 #include <cerrno>
 #include <stdexcept>
+#include <utility>
+
+#include "io_plan.h"
 
 namespace tiermem {
 namespace {
@@ -62,8 +65,8 @@ void AtomicIoCounters::add_bytes(IoDirection direction, std::uint64_t bytes) noe
   (direction == IoDirection::read ? bytes_read_ : bytes_written_) += bytes;
 }
 
-void AtomicIoCounters::count_success(IoDirection direction) noexcept {
-  ++(direction == IoDirection::read ? reads_ : writes_);
+void AtomicIoCounters::count_successes(IoDirection direction, std::uint64_t operations) noexcept {
+  (direction == IoDirection::read ? reads_ : writes_) += operations;
 }
 
 IoCounters AtomicIoCounters::snapshot() const noexcept {
@@ -71,18 +74,17 @@ IoCounters AtomicIoCounters::snapshot() const noexcept {
 }
 
 Ticket IoTickets::open(IoDirection direction, const BlockFile& file, const IoBatch& batch,
-                       std::deque<IoOperation>& queue) {
+                       std::uint64_t piece_bytes, IoQueue& queue) {
   require_valid(batch, file.size_bytes());
   auto files = file.descriptors();
   const Ticket ticket = next_ticket_++;
-  const std::size_t num_operations = batch.offsets.size();
+  IoPlan plan = plan_transfers(ticket, direction, *files, batch, piece_bytes);
   State& state = tickets_[ticket];
-  state.num_pending = num_operations;
-  for (std::size_t i = 0; i < num_operations; ++i) {
-    queue.emplace_back(ticket, direction, *files, batch, i);
-  }
-  if (num_operations > 0) state.files = std::move(files);
-  counters_.add_in_flight(num_operations);
+  state.num_pending = plan.transfers.size();
+  for (const std::uint32_t pieces : plan.num_pieces) state.cuts.push_back({.num_pending = pieces});
+  if (state.num_pending > 0) state.files = std::move(files);
+  counters_.add_in_flight(batch.offsets.size());
+  queue.push(std::move(plan.transfers));
   return ticket;
 }
 
@@ -110,40 +112,48 @@ void IoTickets::forget(Ticket ticket) {
   }
 }
 
-bool IoTickets::end_one(Ticket ticket) {
-  counters_.end_operation();
-  const auto found = tickets_.find(ticket);
+bool IoTickets::end(const IoOperation& transfer, bool is_good) {
+  const auto found = tickets_.find(transfer.ticket());
   State& state = found->second;
-  if (--state.num_pending > 0) return false;
-  state.files.reset();
-  if (state.is_forgotten) tickets_.erase(found);
-  return true;
-}
-
-bool IoTickets::finish(const IoOperation& operation) {
-  counters_.count_success(operation.direction());
-  return end_one(operation.ticket());
-}
-
-bool IoTickets::fail(const IoOperation& operation) {
-  counters_.count_error();
-  State& state = tickets_.at(operation.ticket());
-  if (state.error == 0) {
-    state.error = operation.error();
-    state.message = operation.describe_error();
+  const IoShare share = transfer.share();
+  std::uint64_t num_ended = share.num_operations;
+  if (share.cut != IoShare::kNotCut) {
+    Cut& cut = state.cuts[share.cut];
+    cut.is_good = cut.is_good && is_good;
+    num_ended = --cut.num_pending == 0 ? 1 : 0;
+    is_good = cut.is_good;
   }
-  return end_one(operation.ticket());
+  if (is_good) counters_.count_successes(transfer.direction(), num_ended);
+  const bool is_done = --state.num_pending == 0;
+  if (is_done) {
+    state.files.reset();
+    if (state.is_forgotten) tickets_.erase(found);
+  }
+  counters_.end_operations(num_ended);
+  return is_done;
 }
 
-bool IoTickets::skip(const IoOperation& operation) { return end_one(operation.ticket()); }
+bool IoTickets::finish(const IoOperation& transfer) { return end(transfer, true); }
 
-bool IoTickets::cancel(const IoOperation& operation) {
-  State& state = tickets_.at(operation.ticket());
+bool IoTickets::fail(const IoOperation& transfer) {
+  counters_.count_error();
+  State& state = tickets_.at(transfer.ticket());
+  if (state.error == 0) {
+    state.error = transfer.error();
+    state.message = transfer.describe_error();
+  }
+  return end(transfer, false);
+}
+
+bool IoTickets::skip(const IoOperation& transfer) { return end(transfer, false); }
+
+bool IoTickets::cancel(const IoOperation& transfer) {
+  State& state = tickets_.at(transfer.ticket());
   if (state.error == 0) {
     state.error = ECANCELED;
     state.message = "cancelled: the engine was closed before the operation started";
   }
-  return end_one(operation.ticket());
+  return end(transfer, false);
 }
 
 }  // namespace tiermem

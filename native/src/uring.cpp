@@ -1,6 +1,6 @@
 #include "uring.h"
 
-#include <linux/time_types.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -8,7 +8,6 @@
 #include <array>
 #include <atomic>
 #include <cerrno>
-#include <csignal>
 #include <cstring>
 #include <system_error>
 #include <utility>
@@ -18,7 +17,9 @@ namespace {
 
 constexpr unsigned kNeededFeatures =
     IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_SUBMIT_STABLE | IORING_FEAT_EXT_ARG;
-constexpr std::array<std::uint8_t, 2> kNeededOperations = {IORING_OP_READV, IORING_OP_WRITEV};
+constexpr std::array<std::uint8_t, 5> kNeededOperations = {
+    IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED,
+    IORING_OP_POLL_ADD};
 
 [[noreturn]] void fail(int error, const char* what) {
   throw std::system_error(error, std::generic_category(), what);
@@ -28,7 +29,7 @@ std::uint64_t address_of(const void* pointer) { return reinterpret_cast<std::uin
 
 // Busy rings and signals: what was not taken is tried again with the next call.
 bool is_passing(int error) {
-  return error == EINTR || error == EAGAIN || error == EBUSY || error == ETIME || error == ENOMEM;
+  return error == EINTR || error == EAGAIN || error == EBUSY || error == ENOMEM;
 }
 
 }  // namespace
@@ -56,19 +57,62 @@ Mapping::~Mapping() {
 }
 
 Uring::Uring(unsigned num_entries) {
-  io_uring_params params{};
-  // close-on-exec: the kernel sets it on every ring.
-  const long fd = ::syscall(__NR_io_uring_setup, num_entries, &params);
-  if (fd < 0) fail(errno, "the kernel refuses io_uring");
-  fd_ = FileDescriptor(static_cast<int>(fd));
-  if ((params.features & kNeededFeatures) != kNeededFeatures) {
+  set_up(num_entries);
+  if ((params_.features & kNeededFeatures) != kNeededFeatures) {
     fail(ENOSYS, "the kernel's io_uring is too old (Linux 5.11 or later is needed)");
   }
   require_operations();
-  map_rings(params);
+  map_rings(params_);
   // A filter of system calls may allow the set-up and refuse the use.
-  const int entered = enter(0, 0, nullptr, 0);
+  const int entered = enter(0, 0);
   if (entered < 0 && !is_passing(-entered)) fail(-entered, "the kernel refuses io_uring");
+  make_tables();
+}
+
+// The one thread that drives a ring is in the kernel or on its way there: completions need not
+// interrupt it (COOP_TASKRUN, Linux 5.19).
+void Uring::set_up(unsigned num_entries) {
+  long fd = -1;
+  for (const unsigned flags : {IORING_SETUP_COOP_TASKRUN, 0U}) {
+    params_ = {};
+    params_.flags = flags;
+    // close-on-exec: the kernel sets it on every ring.
+    fd = ::syscall(__NR_io_uring_setup, num_entries, &params_);
+    if (fd >= 0 || errno != EINVAL) break;
+  }
+  if (fd < 0) fail(errno, "the kernel refuses io_uring");
+  fd_ = FileDescriptor(static_cast<int>(fd));
+}
+
+long Uring::register_with(unsigned opcode, const void* argument, unsigned count) const noexcept {
+  return ::syscall(__NR_io_uring_register, fd_.get(), opcode, argument, count);
+}
+
+void Uring::make_tables() noexcept {
+  io_uring_rsrc_register table{};
+  table.nr = kMostBuffers;
+  table.flags = IORING_RSRC_REGISTER_SPARSE;
+  has_buffers_ = register_with(IORING_REGISTER_BUFFERS2, &table, sizeof(table)) == 0;
+  std::array<int, kMostFiles> none;
+  none.fill(-1);
+  has_files_ = register_with(IORING_REGISTER_FILES, none.data(), kMostFiles) == 0;
+}
+
+int Uring::set_buffer(std::uint32_t number, iovec memory) noexcept {
+  if (!has_buffers_) return EOPNOTSUPP;
+  io_uring_rsrc_update2 update{};
+  update.offset = number;
+  update.data = address_of(&memory);
+  update.nr = 1;
+  return register_with(IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof(update)) < 0 ? errno : 0;
+}
+
+bool Uring::set_file(std::uint32_t number, int fd) noexcept {
+  if (!has_files_) return false;
+  io_uring_files_update update{};
+  update.offset = number;
+  update.fds = address_of(&fd);
+  return register_with(IORING_REGISTER_FILES_UPDATE, &update, 1) == 1;
 }
 
 void Uring::require_operations() const {
@@ -77,8 +121,7 @@ void Uring::require_operations() const {
       std::byte, sizeof(io_uring_probe) + kMostOperations * sizeof(io_uring_probe_op)>
       bytes{};
   auto* probe = reinterpret_cast<io_uring_probe*>(bytes.data());
-  if (::syscall(__NR_io_uring_register, fd_.get(), IORING_REGISTER_PROBE, probe,
-                kMostOperations) < 0) {
+  if (register_with(IORING_REGISTER_PROBE, probe, kMostOperations) < 0) {
     fail(errno, "cannot ask io_uring for its operations");
   }
   for (const std::uint8_t operation : kNeededOperations) {
@@ -108,25 +151,56 @@ void Uring::map_rings(const io_uring_params& params) {
   for (unsigned i = 0; i < num_entries_; ++i) array[i] = i;
 }
 
-void Uring::prepare(std::uint8_t opcode, int fd, std::span<const iovec> segments,
-                    std::uint64_t offset, std::uint64_t user_data) noexcept {
-  const unsigned tail = *submit_tail_;
-  io_uring_sqe& entry = submissions_[tail & submit_mask_];
+io_uring_sqe& Uring::next_entry(std::uint8_t opcode, std::uint64_t user_data) noexcept {
+  io_uring_sqe& entry = submissions_[*submit_tail_ & submit_mask_];
   std::memset(&entry, 0, sizeof(entry));
   entry.opcode = opcode;
-  entry.fd = fd;
-  entry.off = offset;
-  entry.addr = address_of(segments.data());
-  entry.len = static_cast<unsigned>(segments.size());
   entry.user_data = user_data;
-  std::atomic_ref(*submit_tail_).store(tail + 1, std::memory_order_release);
+  return entry;
+}
+
+void Uring::push_entry() noexcept {
+  std::atomic_ref(*submit_tail_).store(*submit_tail_ + 1, std::memory_order_release);
   ++num_prepared_;
 }
 
+void Uring::prepare_vectored(IoDirection direction, File file, std::span<const iovec> segments,
+                             std::uint64_t offset, std::uint64_t user_data) noexcept {
+  const bool is_read = direction == IoDirection::read;
+  io_uring_sqe& entry = next_entry(is_read ? IORING_OP_READV : IORING_OP_WRITEV, user_data);
+  entry.fd = file.number;
+  entry.flags = file.is_registered ? IOSQE_FIXED_FILE : 0;
+  entry.off = offset;
+  entry.addr = address_of(segments.data());
+  entry.len = static_cast<unsigned>(segments.size());
+  push_entry();
+}
+
+void Uring::prepare_registered(IoDirection direction, File file, const iovec& segment,
+                               std::uint32_t buffer, std::uint64_t offset,
+                               std::uint64_t user_data) noexcept {
+  const bool is_read = direction == IoDirection::read;
+  io_uring_sqe& entry = next_entry(is_read ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED, user_data);
+  entry.fd = file.number;
+  entry.flags = file.is_registered ? IOSQE_FIXED_FILE : 0;
+  entry.off = offset;
+  entry.addr = address_of(segment.iov_base);
+  entry.len = static_cast<unsigned>(segment.iov_len);
+  entry.buf_index = static_cast<std::uint16_t>(buffer);
+  push_entry();
+}
+
+void Uring::prepare_poll(int fd, std::uint64_t user_data) noexcept {
+  io_uring_sqe& entry = next_entry(IORING_OP_POLL_ADD, user_data);
+  entry.fd = fd;
+  entry.poll32_events = POLLIN;
+  push_entry();
+}
+
 // Returns the number of operations taken, or a negative errno.
-int Uring::enter(unsigned min_complete, unsigned flags, const void* argument, std::size_t bytes) {
+int Uring::enter(unsigned min_complete, unsigned flags) {
   const long taken = ::syscall(__NR_io_uring_enter, fd_.get(), num_prepared_, min_complete, flags,
-                               argument, bytes);
+                               nullptr, 0);
   if (taken < 0) return -errno;
   num_prepared_ -= static_cast<unsigned>(taken);
   return static_cast<int>(taken);
@@ -134,21 +208,14 @@ int Uring::enter(unsigned min_complete, unsigned flags, const void* argument, st
 
 void Uring::submit() {
   while (num_prepared_ > 0) {
-    const int taken = enter(0, 0, nullptr, 0);
+    const int taken = enter(0, 0);
     if (taken < 0 && !is_passing(-taken)) fail(-taken, "io_uring_enter failed");
     if (taken <= 0) return;
   }
 }
 
-void Uring::submit_and_wait(std::chrono::nanoseconds timeout) {
-  submit();
-  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(timeout);
-  const __kernel_timespec span{.tv_sec = seconds.count(), .tv_nsec = (timeout - seconds).count()};
-  io_uring_getevents_arg argument{};
-  argument.sigmask_sz = _NSIG / 8;
-  argument.ts = address_of(&span);
-  const unsigned flags = IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG;
-  const int taken = enter(1, flags, &argument, sizeof(argument));
+void Uring::submit_and_wait() {
+  const int taken = enter(1, IORING_ENTER_GETEVENTS);
   if (taken < 0 && !is_passing(-taken)) fail(-taken, "io_uring_enter failed");
 }
 

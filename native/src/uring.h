@@ -5,14 +5,15 @@
 #pragma once
 
 #include <linux/io_uring.h>
+#include <sys/uio.h>
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <span>
 
 #include "tiermem/block_file.h"
+#include "tiermem/io_engine.h"
 
 namespace tiermem {
 
@@ -41,9 +42,12 @@ struct UringCompletion {
   std::int32_t result;  // of the system call: bytes, or a negative errno
 };
 
-// Not thread-safe.
+// Not thread-safe, but that set_buffer() may be called beside the other functions.
 class Uring {
  public:
+  static constexpr std::uint32_t kMostBuffers = 4096;
+  static constexpr std::uint32_t kMostFiles = 16;
+
   // Throws std::system_error if the kernel refuses io_uring or lacks a feature that is needed
   // (ENOSYS; Linux 5.11 has them all).
   explicit Uring(unsigned num_entries);
@@ -51,34 +55,59 @@ class Uring {
   // Places for operations that the kernel has not taken yet; the ring never holds more.
   unsigned num_entries() const noexcept { return num_entries_; }
 
-  // Puts a vectored read or write into the submission ring; submit() hands it over.
-  // REQUIRES: fewer than num_entries() are waiting there. The segments stay where they are until
-  // the operation completed.
-  void prepare(std::uint8_t opcode, int fd, std::span<const iovec> segments, std::uint64_t offset,
-               std::uint64_t user_data) noexcept;
+  // A file as the ring names it: a descriptor of the process, or a number that was registered.
+  struct File {
+    int number = -1;
+    bool is_registered = false;
+  };
 
-  unsigned num_prepared() const noexcept { return num_prepared_; }
+  // Each puts one operation into the submission ring; submit() hands it over.
+  // REQUIRES: fewer than num_entries() are waiting there. Memory stays where it is until the
+  // operation completed; `buffer` is registered and holds all of `segment`.
+  void prepare_vectored(IoDirection direction, File file, std::span<const iovec> segments,
+                        std::uint64_t offset, std::uint64_t user_data) noexcept;
+  void prepare_registered(IoDirection direction, File file, const iovec& segment,
+                          std::uint32_t buffer, std::uint64_t offset,
+                          std::uint64_t user_data) noexcept;
+  void prepare_poll(int fd, std::uint64_t user_data) noexcept;  // completes when fd can be read
+
+  // Registers memory under a number below kMostBuffers, in place of what it named; without memory
+  // the number is free. Returns 0 or an errno: ENOMEM for the limit of locked memory, EOPNOTSUPP
+  // where the kernel has no such table (before Linux 5.19).
+  int set_buffer(std::uint32_t number, iovec memory) noexcept;
+
+  // Registers a descriptor under a number below kMostFiles, or frees the number with -1.
+  // False where the kernel has no such table.
+  bool set_file(std::uint32_t number, int fd) noexcept;
 
   // Hands over what was prepared. What the kernel does not take now (it may lack memory for the
   // moment) stays prepared. Throws std::system_error if the ring is unusable.
   void submit();
 
-  // As submit(), and then waits until a completion is there or `timeout` is over.
-  void submit_and_wait(std::chrono::nanoseconds timeout);
+  // As submit(), and then waits until a completion is there.
+  void submit_and_wait();
 
   // Takes the oldest completion, if there is one, without a system call.
   std::optional<UringCompletion> take_completion() noexcept;
 
  private:
-  int enter(unsigned min_complete, unsigned flags, const void* argument, std::size_t bytes);
+  int enter(unsigned min_complete, unsigned flags);
+  long register_with(unsigned opcode, const void* argument, unsigned count) const noexcept;
+  void set_up(unsigned num_entries);
+  void make_tables() noexcept;
   void map_rings(const io_uring_params& params);
   void require_operations() const;
+  io_uring_sqe& next_entry(std::uint8_t opcode, std::uint64_t user_data) noexcept;
+  void push_entry() noexcept;
 
   FileDescriptor fd_;
+  io_uring_params params_ = {};
   Mapping rings_;
   Mapping entries_;
   unsigned num_entries_ = 0;
   unsigned num_prepared_ = 0;
+  bool has_buffers_ = false;
+  bool has_files_ = false;
 
   // Inside the mappings.
   unsigned* submit_tail_ = nullptr;

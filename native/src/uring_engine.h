@@ -1,32 +1,32 @@
-// The I/O engine over io_uring: no thread of its own, poll() and wait() drive it.
+// The I/O engine over io_uring: rings, each driven by a thread of its own.
 #pragma once
 
 #include <memory>
 #include <mutex>
+#include <vector>
 
-#include "tiermem/io_engine.h"
+#include "registered_memory.h"
+#include "uring_worker.h"
+#include "worker_engine.h"
 
 namespace tiermem {
 
-class UringEngine final : public IoEngine {
+class UringEngine final : public WorkerEngine {
  public:
-  // REQUIRES: queue_depth 1 to 4,096. Throws std::system_error if the kernel refuses io_uring.
-  explicit UringEngine(std::size_t queue_depth);
-  ~UringEngine() override;
+  // REQUIRES: queue_depth 1 to 4,096, num_rings at least 1. The rings share the depth.
+  // Throws std::system_error if the kernel refuses io_uring.
+  UringEngine(std::size_t queue_depth, std::size_t num_rings, std::uint64_t piece_bytes);
 
   EngineKind kind() const noexcept override { return EngineKind::io_uring; }
-  Ticket submit(IoDirection direction, const BlockFile& file, const IoBatch& batch) override;
-  IoResult poll(Ticket ticket) override;
-  IoResult wait(Ticket ticket, double timeout_s) override;
-  void forget(Ticket ticket) override;
-  bool close(double timeout_s) override;
-  IoCounters counters() const noexcept override;
+  Registration register_memory(std::int64_t address, std::int64_t bytes) override;
+  void unregister_memory(std::int64_t address, std::int64_t bytes) override;
 
  private:
-  class Driver;
+  int register_piece(iovec piece);
 
-  mutable std::mutex mutex_;
-  std::unique_ptr<Driver> driver_;  // guarded by mutex_, but for its counters
+  // The workers' threads outlive the engine if they hang: they own what they use.
+  const std::shared_ptr<RegisteredMemory> memory_;  // guarded by share().mutex
+  std::vector<std::shared_ptr<UringWorker>> rings_;
 };
 
 }  // namespace tiermem

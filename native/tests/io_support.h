@@ -98,12 +98,14 @@ inline Batch one(std::size_t offset, std::int64_t address, std::size_t length) {
 }
 
 // Nothing where the kernel refuses io_uring: the test then passes over that kind.
-inline std::unique_ptr<tiermem::IoEngine> make_engine(tiermem::EngineKind kind,
-                                                      std::int64_t queue_depth = 8) {
+inline std::unique_ptr<tiermem::IoEngine> make_engine(
+    tiermem::EngineKind kind, std::int64_t queue_depth = 8,
+    std::int64_t piece_bytes = tiermem::kDefaultPieceBytes) {
   tiermem::IoEngineOptions options;
   options.kind = kind;
   options.queue_depth = queue_depth;
   options.num_threads = 3;
+  options.piece_bytes = piece_bytes;
   try {
     return tiermem::make_io_engine(options);
   } catch (const std::system_error& error) {

@@ -28,8 +28,10 @@ constexpr std::uint64_t kGrownBytes = std::uint64_t{8} << 20;
 constexpr std::size_t kFileBytes = kNumSlots * (kSlotBytes + kTailBytes);
 
 std::unique_ptr<IoEngine> make_faulty(const std::shared_ptr<FaultOps>& faults,
-                                      std::int64_t num_threads) {
+                                      std::int64_t num_threads,
+                                      std::int64_t piece_bytes = kPage) {
   tiermem::IoEngineOptions options;
+  options.piece_bytes = piece_bytes;
   options.kind = EngineKind::threads;
   options.num_threads = num_threads;
   options.file_ops = faults;

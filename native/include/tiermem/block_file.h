@@ -50,7 +50,7 @@ enum class OpenMode {
 class BlockFile {
  public:
   // What an operation in flight holds on to: the file may be closed before the operation ends.
-  struct Descriptors {
+  struct Descriptors : std::enable_shared_from_this<Descriptors> {
     FileDescriptor direct;    // O_DIRECT; none where the file system refuses it
     FileDescriptor buffered;  // always there
     std::string path;
