@@ -402,7 +402,10 @@ class IoResult:
 
 @final
 class IoCounters:
-    """Counted since construction; `reads` and `writes` count operations that ended well."""
+    """Counted since construction, in operations as they were submitted.
+
+    `reads` and `writes` ended well; `errors` are transfers that failed.
+    """
 
     @property
     def bytes_read(self) -> int: ...
@@ -422,19 +425,27 @@ class IoCounters:
 class IoEngine:
     """Asynchronous reads and writes between files and memory.
 
-    Parameters: `queue_depth`, operations in the kernel at once with io_uring, 1 to 4,096;
-    `num_threads`, operations under way at once with threads, 1 to 256; `faults`, for tests, only with
-    THREADS. Raises ValueError for other values and OSError if `kind` cannot be had.
+    Parameters: `queue_depth`, transfers in the kernel at once with io_uring, 1 to 4,096; `num_rings`,
+    rings that share them, a thread each, 1 to 16; `num_threads`, transfers under way at once with
+    threads, 1 to 256; `piece_bytes`, the wanted size of a transfer, a multiple of 4,096 up to 1 GiB;
+    `faults`, for tests, only with THREADS. Raises ValueError for other values and OSError if `kind`
+    cannot be had.
 
-    Ordering: operations start in the order of their submission and end in any order. Nothing orders
-    two operations on the same bytes. An operation takes direct I/O if the file has it and its
+    Transfers: the operations of a batch are put into the order of their offsets; long ones are cut
+    into transfers of `piece_bytes`, neighbours in the file are joined into transfers of up to 1.25
+    of it.
+
+    Ordering: a read that waits starts before every write that waits, but after 16 reads one write
+    does; otherwise transfers start in the order of their submission. They end in any order. Nothing
+    orders two operations on the same bytes. A transfer takes direct I/O if the file has it and its
     offset, lengths and addresses are multiples of 4,096, else the page cache; so the caller has at
     most one operation in flight on a range of a file.
 
     Failures: a transfer that moved fewer bytes than asked is continued; a read that meets the end
-    of the file fails. When one operation of a ticket fails, those that have not started never do.
+    of the file fails. When one transfer of a ticket fails, those that have not started never do.
 
-    Threads: one thread submits. Other calls are serialised, except `counters`, which never blocks.
+    Threads: one thread submits and registers; the other functions may be called from any. Threads of
+    the engine move the bytes: what was queued goes on while nobody polls.
     A context manager that closes and raises TimeoutError if something is still in flight.
     """
 
@@ -443,6 +454,8 @@ class IoEngine:
         kind: EngineKind = ...,
         queue_depth: int = 64,
         num_threads: int = 4,
+        num_rings: int = 1,
+        piece_bytes: int = 1048576,
         *,
         faults: FaultOps | None = None,
     ) -> None: ...
@@ -489,6 +502,18 @@ class IoEngine:
 
     def forget(self, ticket: int) -> None:
         """Drop the result of a ticket; of a pending one as soon as it ends. Raises as `poll`."""
+
+    def register_memory(self, address: int, num_bytes: int) -> tuple[int, int]:
+        """Let the kernel pin this memory once instead of for every transfer (io_uring).
+
+        Returns how many bytes from `address` on were registered and the errno that ended it, else 0:
+        (0, 0) with threads, which have nothing to register, ENOMEM at the limit of locked memory.
+        The memory must stay mapped until `unregister_memory` or until the engine is closed.
+        Raises ValueError for values below 1.
+        """
+
+    def unregister_memory(self, address: int, num_bytes: int) -> None:
+        """Undo every `register_memory` whose range begins within this one, with nothing in flight there."""
 
     def close(self, timeout_s: float | None = 30.0) -> bool:
         """Refuse new batches and wait until nothing is in flight: True. May be called again.
