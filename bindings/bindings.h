@@ -8,3 +8,4 @@ void bind_prefix_index(nanobind::module_& module);
 void bind_io(nanobind::module_& module);
 void bind_fault_ops(nanobind::module_& module);
 void bind_checksum(nanobind::module_& module);
+void bind_copies(nanobind::module_& module);

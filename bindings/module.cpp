@@ -25,7 +25,7 @@ void map_errors() {
 }  // namespace
 
 NB_MODULE(_core, module) {
-  module.doc() = "Native core of tiermem: page table, prefix index, file I/O and checksum.";
+  module.doc() = "Native core of tiermem: page table, prefix index, file I/O, checksum and copies.";
   // What is still alive when the interpreter exits goes with the process; nobody needs to read about it.
   nb::set_leak_warnings(false);
   map_errors();
@@ -34,4 +34,5 @@ NB_MODULE(_core, module) {
   bind_fault_ops(module);
   bind_io(module);
   bind_checksum(module);
+  bind_copies(module);
 }

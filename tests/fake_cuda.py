@@ -21,7 +21,8 @@ import torch
 from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real_runtime
 
-from tiermem.device import cuda, cuda_device
+from tiermem.device import copy_measure, cuda, cuda_copies, cuda_device
+from tiermem.device.copy_rates import CopyRates
 from tiermem.device.cuda_device import CudaDevice
 from tiermem.device.host import HostMemory
 
@@ -32,7 +33,8 @@ NUM_VALUES = {
     "cudaMemGetInfo": 2,
     "cudaGetDeviceCount": 1,
     "cudaGetDeviceProperties": 1,
-    "cudaStreamCreateWithFlags": 1,
+    "cudaDeviceGetStreamPriorityRange": 2,
+    "cudaStreamCreateWithPriority": 1,
     "cudaEventCreateWithFlags": 1,
     "cuDevicePrimaryCtxRetain": 1,
 }
@@ -40,17 +42,35 @@ NUM_VALUES = {
 HAS_DRIVER = int(real_runtime.cudaDriverGetVersion()[1]) > 0
 
 _accepted: set[tuple[Any, ...]] = set()
-_BATCH_FUNCTION = ctypes.CFUNCTYPE(
-    ctypes.c_int,
-    ctypes.POINTER(ctypes.c_uint64),
-    ctypes.POINTER(ctypes.c_uint64),
-    ctypes.POINTER(ctypes.c_uint64),
-    ctypes.c_size_t,
-    ctypes.POINTER(ctypes.c_uint32 * 6),
-    ctypes.POINTER(ctypes.c_uint64),
-    ctypes.c_size_t,
-    ctypes.c_uint64,
-)
+_POINTER = ctypes.c_void_p
+_SIGNATURES = {
+    "cuMemcpyAsync": (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_uint64),
+    "cuMemcpyBatchAsync": (
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.c_size_t,
+        ctypes.POINTER(ctypes.c_uint32 * 6),
+        ctypes.POINTER(ctypes.c_uint64),
+        ctypes.c_size_t,
+        ctypes.c_uint64,
+    ),
+    "cuLaunchKernel": (
+        ctypes.c_uint64,
+        *(ctypes.c_uint,) * 7,
+        ctypes.c_uint64,
+        ctypes.POINTER(ctypes.POINTER(ctypes.c_uint64)),
+        _POINTER,
+    ),
+    "cuEventRecord": (ctypes.c_uint64, ctypes.c_uint64),
+    "cuEventQuery": (ctypes.c_uint64,),
+    "cuStreamWaitEvent": (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint),
+}
+"""What the native core calls by address, with its arguments."""
+KERNELS = {"copy_any": 0xA0, "copy_aligned": 0xA1}
+"""Handles of the copy kernels by name."""
+TABLE_CAPACITY = 1360
+"""Pieces in a table for the kernels."""
 
 
 class FakeCuda:
@@ -76,11 +96,24 @@ class FakeCuda:
         self.held = False
         self.batch_sizes: list[int] = []
         self.has_batch = True
+        self.has_compiler = True
+        self.modules: set[int] = set()
         self.failing: dict[str, int] = {}
         self.calls: Counter[str] = Counter()
         self.current_stream = 0
         self._next = 0x1000
-        self._batch = _BATCH_FUNCTION(self._copy_batch)
+        self._functions = {
+            "cuMemcpyAsync": self._copy,
+            "cuMemcpyBatchAsync": self._copy_batch,
+            "cuLaunchKernel": self._launch,
+            "cuEventRecord": self._record,
+            "cuEventQuery": self._query,
+            "cuStreamWaitEvent": self._wait,
+        }
+        self._callbacks = {
+            name: ctypes.CFUNCTYPE(ctypes.c_int, *_SIGNATURES[name])(self._native(name, function))
+            for name, function in self._functions.items()
+        }
 
     # ---- the runtime
 
@@ -149,9 +182,13 @@ class FakeCuda:
         del self.pinned[address]
         return (0,)
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
+    def cudaDeviceGetStreamPriorityRange(self) -> tuple[Any, ...]:
         self._need_context()
-        assert flags == real_runtime.cudaStreamNonBlocking
+        return 0, 0, -5
+
+    def cudaStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[Any, ...]:
+        self._need_context()
+        assert (flags, priority) == (real_runtime.cudaStreamNonBlocking, -5)
         return 0, real_runtime.cudaStream_t(self._make(self.streams))
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
@@ -193,21 +230,24 @@ class FakeCuda:
         self.events.remove(event)
         return (0,)
 
-    def cudaMemcpyAsync(
-        self, dst: int, src: int, num_bytes: int, kind: object, stream: int
-    ) -> tuple[Any, ...]:
-        self._need_stream(stream)
-        ctypes.memmove(dst, src, num_bytes)
-        return (0,)
-
     def cudaGetDriverEntryPointByVersion(
         self, symbol: bytes, version: int, flags: int
     ) -> tuple[Any, ...]:
-        assert (symbol, version, flags) == (b"cuMemcpyBatchAsync", 13000, 0)
-        if not self.has_batch:
+        assert (version, flags) == (13000, 0)
+        name = symbol.decode()
+        if name == "cuMemcpyBatchAsync" and not self.has_batch:
             return 0, 0, real_runtime.cudaDriverEntryPointQueryResult(1)
-        address = ctypes.cast(self._batch, ctypes.c_void_p).value
+        address = ctypes.cast(self._callbacks[name], ctypes.c_void_p).value
         return 0, address, real_runtime.cudaDriverEntryPointQueryResult(0)
+
+    # ---- NVRTC
+
+    def compile_kernels(self, source: bytes, capability: tuple[int, int]) -> bytes:
+        assert b"copy_any" in source
+        assert capability == self.capability
+        if not self.has_compiler:
+            raise RuntimeError("NVRTC is not installed")
+        return b"machine code"
 
     # ---- the driver
 
@@ -245,7 +285,39 @@ class FakeCuda:
     def cuMemGetInfo(self) -> tuple[Any, ...]:
         return self.cudaMemGetInfo()
 
-    # ---- inside
+    def cuModuleLoadData(self, code: bytes) -> tuple[Any, ...]:
+        self._need_context()
+        assert code == b"machine code"
+        return 0, real_driver.CUmodule(self._make(self.modules))
+
+    def cuModuleUnload(self, module: int) -> tuple[Any, ...]:
+        self._need_context()
+        self.modules.remove(module)
+        return (0,)
+
+    def cuModuleGetFunction(self, module: int, name: bytes) -> tuple[Any, ...]:
+        assert module in self.modules
+        return 0, real_driver.CUfunction(KERNELS[name.decode()])
+
+    def cuFuncSetAttribute(self, kernel: Any, attribute: object, value: int) -> tuple[Any, ...]:
+        assert int(kernel) == KERNELS["copy_aligned"]
+        assert 0 < value <= 227 << 10
+        return (0,)
+
+    # ---- what the native core calls
+
+    def _native(self, name: str, function: Callable[..., int]) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            self.calls[name] += 1
+            # The first batch goes through, so that something is in flight when the next one fails.
+            if name in self.failing and not (name == "cuMemcpyBatchAsync" and self.calls[name] < 2):
+                return self.failing[name]
+            return function(*args) if self.context != 0 else 201
+
+        return call
+
+    def _copy(self, dst: int, src: int, num_bytes: int, stream: int) -> int:
+        return self._move(stream, [(dst, src, num_bytes)])
 
     def _copy_batch(
         self,
@@ -258,21 +330,50 @@ class FakeCuda:
         num_attributes: int,
         stream: int,
     ) -> int:
-        if "cuMemcpyBatchAsync" in self.failing and self.batch_sizes:
-            return self.failing["cuMemcpyBatchAsync"]
         source_order_stream = 1
-        fine = (
-            list(attributes.contents) == [source_order_stream, 0, 0, 0, 0, 0]
-            and (first_pieces[0], num_attributes) == (0, 1)
-            and self.context != 0
-            and stream in self.streams
-        )
-        if not fine:
+        if list(attributes.contents) != [source_order_stream, 0, 0, 0, 0, 0]:
+            return 1
+        if (first_pieces[0], num_attributes) != (0, 1) or stream not in self.streams:
             return 1
         self.batch_sizes.append(count)
-        for i in range(count):
-            ctypes.memmove(dsts[i], srcs[i], sizes[i])
+        return self._move(stream, [(dsts[i], srcs[i], sizes[i]) for i in range(count)])
+
+    def _launch(self, kernel: int, *rest: Any) -> int:
+        blocks, _, _, threads, _, _, shared_bytes, stream, parameters, _ = rest
+        count, *words = parameters[0][: 1 + 3 * parameters[0][0]]
+        pieces = [tuple(words[i : i + 3]) for i in range(0, len(words), 3)]
+        aligned = kernel == KERNELS["copy_aligned"]
+        if kernel not in KERNELS.values() or not 0 < count <= TABLE_CAPACITY:
+            return 1
+        if not 0 < blocks <= 132 or not 0 < threads <= 1024 or aligned != (shared_bytes > 0):
+            return 1
+        if aligned and any(word % 16 for word in words):
+            return 700
+        return self._move(stream, pieces)
+
+    def _record(self, event: int, stream: int) -> int:
+        return int(self.cudaEventRecord(event, stream)[0])
+
+    def _query(self, event: int) -> int:
+        return int(self.cudaEventQuery(event)[0])
+
+    def _wait(self, stream: int, event: int, flags: int) -> int:
+        return int(self.cudaStreamWaitEvent(stream, event, flags)[0])
+
+    def _move(self, stream: int, pieces: list[Any]) -> int:
+        if stream not in self.streams | {cuda.LEGACY_STREAM, 0x77}:
+            return 400
+        for dst, src, num_bytes in pieces:
+            if any(
+                address < start < address + num_bytes
+                for address in (dst, src)
+                for start in self.pinned
+            ):
+                return 1
+            ctypes.memmove(dst, src, num_bytes)
         return 0
+
+    # ---- inside
 
     def _make(self, where: set[int]) -> int:
         self._next += 0x10
@@ -320,7 +421,12 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda) -> FakeCuda:
     """Let tiermem and what it asks of torch find `fake` in place of a GPU."""
     monkeypatch.setattr(cuda, "runtime", _Calls(fake, real_runtime))
     monkeypatch.setattr(cuda, "driver", _Calls(fake, real_driver))
+    monkeypatch.setattr(cuda, "compile_kernels", fake.compile_kernels)
     monkeypatch.setattr(cuda_device, "as_tensor", _as_host_tensor)
+    # Copies are chosen by what a test says, not by how fast the fake is.
+    monkeypatch.setattr(copy_measure, "_measured", {"Fake GPU": CopyRates()})
+    monkeypatch.setattr(cuda_copies, "STAGE_BYTES", 1 << 16)
+    monkeypatch.setattr(cuda_copies, "_machine_code", cuda_copies._machine_code.__wrapped__)
     monkeypatch.setattr(CudaDevice, "torch_device", property(lambda _: torch.device("cpu")))
     stream = SimpleNamespace(cuda_stream=fake.current_stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)

@@ -17,6 +17,7 @@ LAYERS = {
     "native": ["tiermem._core"],
     "errors": ["tiermem.errors"],
     "layout": ["tiermem.layout"],
+    "trace": ["tiermem.trace"],
     "config": [
         "tiermem.config",
         "tiermem.configfile",
@@ -67,6 +68,7 @@ LAYERS = {
 
 _STEP = {
     "native",
+    "trace",
     "errors",
     "layout",
     "device",
@@ -82,13 +84,14 @@ _MANAGER = _STEP | {"step", "config", "measure"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "layout": set(),
+    "trace": set(),
     "config": {"errors", "layout"},
-    "device": {"errors"},
+    "device": {"errors", "native"},
     "attention": {"layout"},
     "pools": {"native", "errors", "layout", "device"},
     "store": {"native", "errors", "layout"},
     "prefix": {"native", "errors", "layout", "pools", "store"},
-    "transfer": {"native", "errors", "layout", "device", "pools", "store", "prefix"},
+    "transfer": {"native", "trace", "errors", "layout", "device", "pools", "store", "prefix"},
     "step": _STEP,
     "manager": _MANAGER,
     "service": _MANAGER | {"manager", "package"},

@@ -98,30 +98,45 @@ def test_whole_pages_are_pinned(fake: FakeCuda, device: CudaDevice) -> None:
     assert not fake.pinned
 
 
+def apart(memory: Memory, num_pages: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """As `pages`, none beside another."""
+    return memory.address + np.arange(num_pages, dtype=np.int64) * 1024
+
+
 def test_large_batches_go_to_the_driver_in_parts(fake: FakeCuda, device: CudaDevice) -> None:
     hot, host = device.allocate(1 << 20), device.allocate_host(1 << 20)
-    dst, src = pages(hot, 600), pages(host, 600)
+    dst, src = pages(hot, 600), apart(host, 600)
     host.tensor.copy_(torch.randint(0, 256, (1 << 20,), dtype=torch.uint8))
     device.copy(Direction.HOST_TO_DEVICE, dst, src, 512, device.new_stream())
     assert fake.batch_sizes == [256, 256, 88]
-    assert fake.calls["cudaMemcpyAsync"] == 0
-    assert torch.equal(hot.tensor[: 600 * 512], host.tensor[: 600 * 512])
+    assert fake.calls["cuMemcpyAsync"] == 0
+    wanted = host.tensor.view(-1, 1024)[:600, :512].flatten()
+    assert torch.equal(hot.tensor[: 600 * 512], wanted)
+
+
+def test_pieces_that_continue_each_other_are_one_copy(fake: FakeCuda, device: CudaDevice) -> None:
+    hot, host = device.allocate(1 << 20), device.allocate_host(1 << 20)
+    order = np.random.default_rng(2).permutation(600)
+    dst, src = pages(hot, 600)[order], pages(host, 600)[order]
+    device.copy(Direction.HOST_TO_DEVICE, dst, src, 512, device.new_stream())
+    assert fake.batch_sizes == []
+    assert fake.calls["cuMemcpyAsync"] == 1
 
 
 def test_the_default_stream_gets_its_pieces_one_by_one(fake: FakeCuda, device: CudaDevice) -> None:
     hot, host = device.allocate(1 << 20), device.allocate_host(1 << 20)
     stream = device.compute_stream()
-    device.copy(Direction.DEVICE_TO_HOST, pages(host, 5), pages(hot, 5), 512, stream)
+    device.copy(Direction.DEVICE_TO_HOST, pages(host, 5), apart(hot, 5), 512, stream)
     assert fake.batch_sizes == []
-    assert fake.calls["cudaMemcpyAsync"] == 5
+    assert fake.calls["cuMemcpyAsync"] == 5
 
 
 def test_a_driver_without_batches_gets_the_pieces_one_by_one(fake: FakeCuda) -> None:
     fake.has_batch = False
     device = CudaDevice(0)
     hot, host = device.allocate(1 << 20), device.allocate_host(1 << 20)
-    device.copy(Direction.HOST_TO_DEVICE, pages(hot, 5), pages(host, 5), 512, device.new_stream())
-    assert fake.calls["cudaMemcpyAsync"] == 5
+    device.copy(Direction.HOST_TO_DEVICE, apart(hot, 5), pages(host, 5), 512, device.new_stream())
+    assert fake.calls["cuMemcpyAsync"] == 5
     device.close()
 
 
@@ -130,18 +145,19 @@ def test_a_refused_copy_raises_when_its_first_pieces_have_ended(
 ) -> None:
     hot, host = device.allocate(1 << 20), device.allocate_host(1 << 20)
     streams = (device.new_stream(), device.compute_stream())
-    fake.failing["cudaMemcpyAsync"] = fake.failing["cuMemcpyBatchAsync"] = ILLEGAL_ADDRESS
+    fake.failing["cuMemcpyAsync"] = fake.failing["cuMemcpyBatchAsync"] = ILLEGAL_ADDRESS
     for stream, num_pieces in zip(streams, (300, 3), strict=True):
         fake.calls.clear()
         with pytest.raises(TransferError, match="cudaErrorIllegalAddress: "):
             device.copy(
                 Direction.HOST_TO_DEVICE,
-                pages(hot, num_pieces),
+                apart(hot, num_pieces),
                 pages(host, num_pieces),
                 512,
                 stream,
             )
-        assert fake.calls["cudaStreamSynchronize"] == 1
+        # its own, and the two whose kernels spread what is staged
+        assert fake.calls["cudaStreamSynchronize"] == 3
 
 
 def test_an_event_that_failed_says_so_every_time(fake: FakeCuda, device: CudaDevice) -> None:
@@ -259,6 +275,7 @@ def test_close_gives_everything_back(fake: FakeCuda) -> None:
         assert not fake.pinned
         assert not fake.streams
         assert not fake.events
+        assert not fake.modules
 
 
 def test_close_gives_back_what_it_can_after_a_failure(fake: FakeCuda) -> None:

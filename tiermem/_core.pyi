@@ -559,3 +559,110 @@ def checksum_pages(
 
 def checksum_tables() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Return key and multiplier of the specification, 128 numbers each."""
+
+# -- Copies ---------------------------------------------------------------------------------------
+
+NUM_COPY_SIZES: Final[int]
+"""Sizes that a table of methods tells apart: 2^i to 2^(i+1) - 1 bytes, the last without end."""
+NUM_COPY_RUNS: Final[int]
+"""Lengths of runs that it tells apart, likewise."""
+
+class StreamOwner(enum.Enum):
+    """Whose stream copies are given to: batches and staging are for the device's own alone."""
+
+    DEVICE = 0
+    OTHER = 1
+
+@final
+class CopyCalls:
+    """Addresses of the driver's functions; `copy_batch` may be 0."""
+
+    def __init__(
+        self, *, copy: int, copy_batch: int, launch: int, record: int, query: int, wait: int
+    ) -> None: ...
+
+@final
+class CopyKernel:
+    """A kernel's handle and how it is launched; without a handle there is none."""
+
+    def __init__(
+        self, *, function: int = 0, blocks: int = 0, threads: int = 0, shared_bytes: int = 0
+    ) -> None: ...
+
+@final
+class CopyKernels:
+    """A kernel for any pieces, and one for addresses and sizes that are multiples of 16."""
+
+    def __init__(self, *, any: CopyKernel, aligned: CopyKernel) -> None: ...
+
+@final
+class CopyStaging:
+    """A ring of stages in device memory, the stream of its kernels, and 2 × stages + 1 events."""
+
+    def __init__(
+        self,
+        *,
+        address: int = 0,
+        stage_bytes: int = 0,
+        stream: int = 0,
+        events: Sequence[int] = (),
+    ) -> None: ...
+
+@final
+class CopyEngine:
+    """Gives batches of copies to a GPU's driver; see `native/include/tiermem/copy_engine.h`.
+
+    Directions: 0 host to device, 1 device to host, 2 within the device. Methods: 0 single calls,
+    1 batches, 2 runs through staging, 3 a kernel. Two numbers are for host to device and back.
+    """
+
+    def __init__(
+        self,
+        calls: CopyCalls,
+        *,
+        link: CopyKernels,
+        spread: CopyKernels,
+        staging: tuple[CopyStaging, CopyStaging],
+        last: tuple[int, int],
+        pieces_per_call: int,
+    ) -> None: ...
+    def choose(self, direction: int, busy: bool, methods: UInt8s) -> None:
+        """Set the method for each size and length of runs, (NUM_COPY_SIZES × NUM_COPY_RUNS,).
+
+        `busy`: while the opposite direction has copies in flight.
+        """
+
+    def set_borders(self, borders: Int64s) -> None:
+        """Set the ascending addresses over which no copy may reach."""
+
+    def submit(
+        self, direction: int, dst: Int64s, src: Int64s, num_bytes: Int64s, stream: int,
+        owner: StreamOwner,
+    ) -> tuple[str, int] | None:
+        """Give `stream` the pieces; the refused call's name and CUDA's code, or None.
+
+        Releases the GIL. Raises ValueError for lengths that differ or a piece below 1 byte.
+        """  # fmt: skip
+
+@final
+class MemoryToucher:
+    """Sets memory to one value with threads of its own, from the first byte on.
+
+    The memory must stay mapped until `stop` has returned or the object is gone.
+    """
+
+    def __init__(
+        self, address: int, num_bytes: int, *, value: int, num_threads: int
+    ) -> None: ...
+    def wait(self, num_bytes: int) -> None:
+        """Wait, without the GIL, until the first `num_bytes` bytes are set."""
+
+    def stop(self) -> None:
+        """End the threads after what they are doing."""
+
+def move_pieces(dst: Int64s, src: Int64s, num_bytes: Int64s, num_threads: int) -> None:
+    """Copy within host memory: dst[i] receives num_bytes[i] bytes of src[i]. Releases the GIL.
+
+    The pieces have no order and must not overlap. Large batches are shared by up to `num_threads`
+    threads. Raises ValueError for lengths that differ, a piece below 1 byte, no thread.
+    """

@@ -11,6 +11,7 @@ from tiermem.device.protocol import (
     Event,
     Memory,
     MemoryInfo,
+    Progress,
     Stream,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "Event",
     "Memory",
     "MemoryInfo",
+    "Progress",
     "Stream",
 ]

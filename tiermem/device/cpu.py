@@ -6,12 +6,18 @@ start.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
+from tiermem._core import move_pieces
 from tiermem.device.copies import CopyBatch
-from tiermem.device.host import HostMemory, host_free_bytes, host_name, host_total_bytes
+from tiermem.device.host import (
+    HostMemory,
+    host_free_bytes,
+    host_name,
+    host_total_bytes,
+    reporting,
+    touch_threads,
+)
 from tiermem.device.protocol import (
     Addresses,
     DeviceKind,
@@ -19,6 +25,7 @@ from tiermem.device.protocol import (
     Event,
     Memory,
     MemoryInfo,
+    Progress,
     Stream,
 )
 from tiermem.errors import ClosedError
@@ -82,13 +89,15 @@ class CpuDevice:
         return None
 
     def allocate(self, num_bytes: int) -> Memory:
+        return self.allocate_host(num_bytes)
+
+    def allocate_host(self, num_bytes: int, *, progress: Progress | None = None) -> Memory:
         self.check_open()
-        memory = HostMemory(num_bytes, on_free=self._memories.discard)
+        memory = HostMemory(
+            num_bytes, on_free=self._memories.discard, on_piece=reporting(num_bytes, progress)
+        )
         self._memories.add(memory)
         return memory
-
-    def allocate_host(self, num_bytes: int) -> Memory:
-        return self.allocate(num_bytes)
 
     def new_stream(self) -> Stream:
         self.check_open()
@@ -109,7 +118,8 @@ class CpuDevice:
         self.check_open()
         if not isinstance(stream, CpuStream):
             raise TypeError(f"stream={stream!r}: must be a stream of the same device")
-        move_now(CopyBatch.checked(direction, dst, src, num_bytes))
+        batch = CopyBatch.checked(direction, dst, src, num_bytes)
+        move_pieces(batch.dst, batch.src, batch.num_bytes, touch_threads())
 
     def memory_info(self) -> MemoryInfo:
         self.check_open()
@@ -124,10 +134,3 @@ class CpuDevice:
         """Raise ClosedError once the device is closed."""
         if self._closed:
             raise ClosedError("the CPU device is closed")
-
-
-def move_now(batch: CopyBatch) -> None:
-    """Copy every piece of `batch` by memmove, in order; all addresses are host memory."""
-    pieces = zip(batch.dst.tolist(), batch.src.tolist(), batch.num_bytes.tolist(), strict=True)
-    for dst, src, num_bytes in pieces:
-        ctypes.memmove(dst, src, num_bytes)

@@ -6,16 +6,13 @@ Those that work on one GPU need its context current: see `current`. Handles are 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NewType
 
-import numpy as np
-from cuda.bindings import driver, runtime
+from cuda.bindings import driver, nvrtc, runtime
 
-from tiermem.device.copies import CopyBatch
-from tiermem.device.protocol import Direction, MemoryInfo
+from tiermem.device.protocol import MemoryInfo
 from tiermem.device.report import LEAST_CAPABILITY, GpuInfo, version_text
 from tiermem.errors import ConfigError, TransferError
 
@@ -31,20 +28,14 @@ DEFAULT_STREAMS = (0, LEGACY_STREAM, 2)
 """Streams that batched copies are not allowed on."""
 
 LEAST_VERSION = 13000
-"""CUDA 13.0, whose cuMemcpyBatchAsync has the eight arguments used here."""
-PIECES_PER_CALL = 256
-"""Pieces of 64 KiB to an H200: 50.3 GB/s with 256 a call, 40.8 with all in one; at 4 MiB equal."""
+"""CUDA 13.0, whose cuMemcpyBatchAsync has the eight arguments that the copy engine gives it."""
 
 Context = NewType("Context", int)
 """A GPU's primary context, the one that torch uses too."""
 RawEvent = NewType("RawEvent", int)
 """A cudaEvent_t."""
-
-_COPY_KINDS = {
-    Direction.HOST_TO_DEVICE: runtime.cudaMemcpyKind.cudaMemcpyHostToDevice,
-    Direction.DEVICE_TO_HOST: runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost,
-    Direction.DEVICE_TO_DEVICE: runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
-}
+Module = NewType("Module", int)
+"""A CUmodule."""
 
 
 # ---- what there is ------------------------------------------------------------------------------
@@ -186,9 +177,14 @@ def unpin(address: int) -> None:
 
 
 def make_stream() -> int:
-    """A stream that does not wait for the default stream, nor the other way round."""
-    made = runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)
-    return int(_ok("cudaStreamCreateWithFlags", made))
+    """A stream that does not wait for the default stream, nor the other way round.
+
+    Of the highest priority: the few blocks of a copy kernel must not wait until a large kernel of
+    another stream leaves a multiprocessor.
+    """
+    _, highest = _ok("cudaDeviceGetStreamPriorityRange", runtime.cudaDeviceGetStreamPriorityRange())
+    made = runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, highest)
+    return int(_ok("cudaStreamCreateWithPriority", made))
 
 
 def destroy_stream(stream: int) -> None:
@@ -236,65 +232,56 @@ def wait_event(stream: int, event: RawEvent) -> None:
     _ok("cudaStreamWaitEvent", runtime.cudaStreamWaitEvent(stream, event, 0))
 
 
-# ---- copies -------------------------------------------------------------------------------------
+# ---- what the copy engine needs ------------------------------------------------------------------
 
 
-class BatchCopy:
-    """The driver's cuMemcpyBatchAsync with arrays; lists are slow for thousands of pieces."""
-
-    _PROTOTYPE = ctypes.CFUNCTYPE(
-        ctypes.c_int,
-        ctypes.c_void_p,  # dsts
-        ctypes.c_void_p,  # srcs
-        ctypes.c_void_p,  # sizes
-        ctypes.c_size_t,  # count
-        ctypes.c_void_p,  # attributes
-        ctypes.c_void_p,  # first piece of each attribute
-        ctypes.c_size_t,  # number of attributes
-        ctypes.c_void_p,  # stream
+def driver_function(name: str) -> int:
+    """Address of a function of the driver as of CUDA 13.0, or 0 if the driver has none."""
+    code, address, status = runtime.cudaGetDriverEntryPointByVersion(
+        name.encode(), LEAST_VERSION, 0
     )
-
-    def __init__(self, function_address: int) -> None:
-        order = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-        self._function = self._PROTOTYPE(function_address)
-        self._attributes = driver.CUmemcpyAttributes()
-        self._attributes.srcAccessOrder = order
-        self._first_piece = np.zeros(1, dtype=np.uint64)
-
-    @classmethod
-    def find(cls) -> BatchCopy | None:
-        """The driver's function, or None if it has none of this signature."""
-        code, address, status = runtime.cudaGetDriverEntryPointByVersion(
-            b"cuMemcpyBatchAsync", LEAST_VERSION, 0
-        )
-        if int(code) != SUCCESS or int(status) != SUCCESS or not address:
-            return None
-        return cls(int(address))
-
-    def submit(self, batch: CopyBatch, stream: int) -> None:
-        """Give `stream` the batch; on failure some pieces may have been given."""
-        dst, src, sizes = (a.ctypes.data for a in (batch.dst, batch.src, batch.num_bytes))
-        for start in range(0, len(batch), PIECES_PER_CALL):
-            skip = start * batch.dst.itemsize
-            code = self._function(
-                dst + skip,
-                src + skip,
-                sizes + skip,
-                min(PIECES_PER_CALL, len(batch) - start),
-                int(self._attributes.getPtr()),
-                self._first_piece.ctypes.data,
-                1,
-                stream,
-            )
-            _ok("cuMemcpyBatchAsync", (code,))
+    found = int(code) == SUCCESS and int(status) == SUCCESS
+    return int(address) if found and address else 0
 
 
-def copy_one_by_one(batch: CopyBatch, stream: int) -> None:
-    """Give `stream` each piece by itself; on failure some pieces may have been given."""
-    kind = _COPY_KINDS[batch.direction]
-    pieces = zip(batch.dst.tolist(), batch.src.tolist(), batch.num_bytes.tolist(), strict=True)
-    for dst, src, num_bytes in pieces:
-        _ok("cudaMemcpyAsync", runtime.cudaMemcpyAsync(dst, src, num_bytes, kind, stream))
+def compile_kernels(source: bytes, capability: tuple[int, int]) -> bytes:
+    """CUDA C++ as machine code for one kind of GPU.
+
+    Raises
+    ------
+    RuntimeError: NVRTC is not installed; CUDA builds of torch bring it.
+    TransferError: NVRTC refuses the source or the GPU.
+    """
+    program = _compiled("nvrtcCreateProgram", nvrtc.nvrtcCreateProgram(source, b"", 0, [], []))
+    try:
+        target = f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode()
+        options = [target, b"--std=c++17"]
+        _compiled("nvrtcCompileProgram", nvrtc.nvrtcCompileProgram(program, len(options), options))
+        size = _compiled("nvrtcGetCUBINSize", nvrtc.nvrtcGetCUBINSize(program))
+        code = bytes(size)
+        _compiled("nvrtcGetCUBIN", nvrtc.nvrtcGetCUBIN(program, code))
+        return code
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def load_module(code: bytes) -> Module:
+    """Machine code, loaded into the current context."""
+    return Module(int(_ok("cuModuleLoadData", driver.cuModuleLoadData(code))))
+
+
+def unload_module(module: Module) -> None:
+    """Undo `load_module`; none of its kernels may be running."""
+    _ok("cuModuleUnload", driver.cuModuleUnload(module))
+
+
+def find_kernel(module: Module, name: str, shared_bytes: int = 0) -> int:
+    """A kernel's handle, with leave to use so much shared memory."""
+    kernel = _ok("cuModuleGetFunction", driver.cuModuleGetFunction(module, name.encode()))
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    if shared_bytes:
+        _ok("cuFuncSetAttribute", driver.cuFuncSetAttribute(kernel, attribute, shared_bytes))
+    return int(kernel)
 
 
 # ---- return codes -------------------------------------------------------------------------------
@@ -304,9 +291,23 @@ def _ok(what: str, result: tuple[Any, ...]) -> Any:
     """The value (or values) that a CUDA call returned; TransferError unless it succeeded."""
     code, *values = result
     if int(code) != SUCCESS:
-        runtime.cudaGetLastError()  # forget it, so that no later call reports it again
-        raise TransferError(f"{what}: {_text(int(code))}")
+        raise refusal(what, int(code))
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def refusal(call: str, code: int) -> TransferError:
+    """The error for a call that was made elsewhere and returned `code`."""
+    runtime.cudaGetLastError()  # forget it, so that no later call reports it again
+    return TransferError(f"{call}: {_text(code)}")
+
+
+def _compiled(what: str, result: tuple[Any, ...]) -> Any:
+    """The value that a call of NVRTC returned; TransferError unless it succeeded."""
+    code, *values = result
+    if int(code) != SUCCESS:
+        _, words = nvrtc.nvrtcGetErrorString(code)
+        raise TransferError(f"{what}: {_words(words)}")
+    return values[0] if values else None
 
 
 def _text(code: int) -> str:

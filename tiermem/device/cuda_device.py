@@ -8,10 +8,14 @@ from functools import partial
 
 import torch
 
-from tiermem.device import cuda
+from tiermem._core import StreamOwner
+from tiermem.device import copy_measure, cuda
 from tiermem.device.copies import CopyBatch, check_num_bytes
+from tiermem.device.copy_rates import CopyMethod, CopyRates
+from tiermem.device.cuda_copies import CopyResources, CudaCopies, staging_bytes
 from tiermem.device.cuda_events import CudaStream, EventPool
 from tiermem.device.host import HostMemory
+from tiermem.device.pinned import PinnedPieces
 from tiermem.device.protocol import (
     MEMORY_ALIGN_BYTES,
     Addresses,
@@ -19,6 +23,7 @@ from tiermem.device.protocol import (
     Direction,
     Memory,
     MemoryInfo,
+    Progress,
     Stream,
 )
 from tiermem.errors import ClosedError, ConfigError, InvariantError, TransferError
@@ -68,22 +73,28 @@ class CudaDevice:
     Parameters
     ----------
     index: of the GPU as CUDA counts the visible ones, from 0.
+    copy_rates: measured before, by which the ways of copying are chosen. Without them the first
+        stream that is made measures them coarsely, in less than half a second; once for every GPU
+        in a process.
 
     Raises
     ------
     ConfigError: the GPU cannot be opened; gives CUDA's reason.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, copy_rates: CopyRates | None = None) -> None:
         try:
             self._context = cuda.open_context(index)
             self._info = cuda.describe_gpu(index)
         except TransferError as error:
             raise ConfigError(f"device='cuda:{index}': cannot be opened: {error}") from error
-        self._batch_copy = cuda.BatchCopy.find()
         self._base: dict[CudaMemory, int] = {}  # what cudaMalloc returned
-        self._pinned: set[HostMemory] = set()
+        self._pinned: dict[HostMemory, PinnedPieces] = {}
         self._streams: list[int] = []
+        self._copies: CudaCopies | None = None
+        self._copy_rates = copy_rates
+        self._copy_method: CopyMethod | None = None
+        self._copy_resources = CopyResources()
         self.events = EventPool()
         self.closed = False
 
@@ -103,6 +114,28 @@ class CudaDevice:
     def compute_capability(self) -> tuple[int, int] | None:
         return self._info.compute_capability
 
+    @property
+    def copy_rates(self) -> CopyRates | None:
+        """What ways of copying are chosen by; None until they are given or measured."""
+        return self._copy_rates
+
+    @copy_rates.setter
+    def copy_rates(self, rates: CopyRates | None) -> None:
+        self._copy_rates = rates
+        if self._copies is not None:
+            self._copies.rates = rates
+
+    @property
+    def copy_method(self) -> CopyMethod | None:
+        """The way of every copy where it can be used, for tests and benchmarks; None: as the rates say."""
+        return self._copy_method
+
+    @copy_method.setter
+    def copy_method(self, method: CopyMethod | None) -> None:
+        self._copy_method = method
+        if self._copies is not None:
+            self._copies.forced = method
+
     def allocate(self, num_bytes: int) -> Memory:
         self.check_open()
         check_num_bytes(num_bytes)
@@ -112,21 +145,18 @@ class CudaDevice:
             memory = CudaMemory(address, num_bytes, self.torch_device, self._free)
             undo.pop_all()
         self._base[memory] = base
+        self._update_borders()
         return memory
 
-    def allocate_host(self, num_bytes: int) -> Memory:
+    def allocate_host(self, num_bytes: int, *, progress: Progress | None = None) -> Memory:
         self.check_open()
-        memory = HostMemory(num_bytes, on_free=self._unpin)
-        whole_pages = num_bytes + -num_bytes % MEMORY_ALIGN_BYTES
-        with self.current():
-            try:
-                cuda.pin(memory.address, whole_pages)
-            except TransferError as error:
-                memory.free()
-                raise ConfigError(
-                    f"cannot pin {num_bytes} bytes of host memory: {error}"
-                ) from error
-        self._pinned.add(memory)
+        with self.current(), ExitStack() as undo:
+            pieces = PinnedPieces(cuda.pin, cuda.unpin, num_bytes, progress)
+            undo.callback(pieces.unpin)
+            memory = HostMemory(num_bytes, on_free=self._unpin, on_piece=pieces.pin)
+            undo.pop_all()
+        self._pinned[memory] = pieces
+        self._update_borders()
         return memory
 
     def new_stream(self) -> Stream:
@@ -134,6 +164,9 @@ class CudaDevice:
         with self.current():
             handle = cuda.make_stream()
         self._streams.append(handle)
+        if self._copy_rates is None and self._copy_method is None:
+            # Before `copy`, which must not wait for anything.
+            copy_measure.measure_once(self)
         return CudaStream(self, handle)
 
     def compute_stream(self) -> Stream:
@@ -153,14 +186,9 @@ class CudaDevice:
         if not isinstance(stream, CudaStream) or stream.device is not self:
             raise TypeError(f"stream={stream!r}: must be a stream of the same device")
         batch = CopyBatch.checked(direction, dst, src, num_bytes)
+        owner = StreamOwner.DEVICE if stream.handle in self._streams else StreamOwner.OTHER
         with self.current():
-            try:
-                self._submit(batch, stream.handle)
-            except TransferError:
-                # Pieces before the refused one may run: let them end, so that nothing reads or
-                # writes memory that the caller takes back.
-                cuda.synchronize_stream(stream.handle)
-                raise
+            self._engine().submit(batch, stream.handle, owner)
 
     def memory_info(self) -> MemoryInfo:
         self.check_open()
@@ -195,18 +223,40 @@ class CudaDevice:
         self.closed = True
         streams, self._streams = self._streams, []
         memories: list[Memory] = [*self._base, *self._pinned]
+        copies, self._copies = self._copy_resources, None
         return [
             cuda.synchronize,
             *(memory.free for memory in memories),
-            *(partial(cuda.destroy_stream, stream) for stream in streams),
-            *(partial(cuda.destroy_event, event) for event in self.events.take_all()),
+            *(partial(cuda.destroy_stream, stream) for stream in streams + copies.streams),
+            *(
+                partial(cuda.destroy_event, event)
+                for event in self.events.take_all() + copies.events
+            ),
+            *(partial(cuda.unload_module, module) for module in copies.modules),
         ]
 
-    def _submit(self, batch: CopyBatch, stream: int) -> None:
-        if self._batch_copy is None or stream in cuda.DEFAULT_STREAMS:
-            cuda.copy_one_by_one(batch, stream)
-        else:
-            self._batch_copy.submit(batch, stream)
+    def _engine(self) -> CudaCopies:
+        """The copy engine, made at its first use."""
+        if self._copies is None:
+            self._copies = CudaCopies(
+                self._info.compute_capability, self._staging(), self._copy_resources
+            )
+            self._copies.rates, self._copies.forced = self._copy_rates, self._copy_method
+            self._update_borders()
+        return self._copies
+
+    def _staging(self) -> int | None:
+        """Device memory for the engine's staging; None where the GPU has no room for it."""
+        try:
+            return self.allocate(staging_bytes()).address
+        except ConfigError:
+            return None
+
+    def _update_borders(self) -> None:
+        if self._copies is not None:
+            hot = (memory.address for memory in self._base)
+            host = (start for pieces in self._pinned.values() for start in pieces.starts)
+            self._copies.set_borders({*hot, *host})
 
     def _malloc_aligned(self, num_bytes: int) -> tuple[int, int]:
         """What cudaMalloc returned, and the first aligned address in it."""
@@ -236,12 +286,12 @@ class CudaDevice:
     def _free(self, memory: CudaMemory) -> None:
         with self.current():
             cuda.free(self._base.pop(memory))
+        self._update_borders()
 
     def _unpin(self, memory: HostMemory) -> None:
-        if memory in self._pinned:
-            self._pinned.discard(memory)
-            with self.current():
-                cuda.unpin(memory.address)
+        with self.current():
+            self._pinned.pop(memory).unpin()
+        self._update_borders()
 
 
 class _CudaBytes:

@@ -14,6 +14,7 @@ A device and everything made by it belong to one thread at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -26,6 +27,9 @@ MEMORY_ALIGN_BYTES = 4096
 """Every allocation, hot or host, starts at a multiple of this: what direct file I/O needs."""
 
 Addresses: TypeAlias = NDArray[np.int64]
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with what is done and what there is to do."""
 
 
 class DeviceKind(Enum):
@@ -171,15 +175,17 @@ class Device(Protocol):
         """
         ...
 
-    def allocate_host(self, num_bytes: int) -> Memory:
+    def allocate_host(self, num_bytes: int, *, progress: Progress | None = None) -> Memory:
         """Page-aligned host memory with arbitrary content, for copies, file I/O and attention.
 
         Every page of it is backed when this returns, and on CUDA pinned, so that it serves direct
-        file I/O and copies alike.
+        file I/O and copies alike. That takes seconds for a large pool: `progress(done, total)` is
+        called with bytes from time to time, at last with all of them.
 
         Raises
         ------
-        As `allocate`.
+        As `allocate`. When a limit forbids the memory, the error names the bytes asked for and
+        those allowed, and everything is given back.
         """
         ...
 
@@ -215,7 +221,9 @@ class Device(Protocol):
             may have been copied.
 
         Ordering: after everything given to `stream` before; among themselves the pieces have no
-        order, so none may write what another reads or writes.
+        order, so none may write what another reads or writes. The host does not wait, up to what
+        the driver queues: a GPU's takes some 25,000 pieces on a stream that is held, and lets the
+        caller wait before it takes more.
         """
         ...
 

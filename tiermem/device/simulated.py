@@ -29,6 +29,7 @@ from tiermem.device.protocol import (
     Event,
     Memory,
     MemoryInfo,
+    Progress,
     Stream,
 )
 from tiermem.device.simulated_stream import Piece, SimulatedEvent, SimulatedStream
@@ -101,9 +102,12 @@ class SimulatedDevice:
             )
         return self._allocate(num_bytes, self._hot)
 
-    def allocate_host(self, num_bytes: int) -> Memory:
+    def allocate_host(self, num_bytes: int, *, progress: Progress | None = None) -> Memory:
         self.check_open()
-        return self._allocate(num_bytes, self._host)
+        memory = self._allocate(num_bytes, self._host)
+        if progress is not None:
+            progress(num_bytes, num_bytes)
+        return memory
 
     def new_stream(self) -> Stream:
         self.check_open()
