@@ -362,16 +362,17 @@ def test_a_worse_run_exits_with_1(
 
 
 def test_the_commit_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TIERMEM_COMMIT", raising=False)
     root = Path(environment.tiermem.__file__).parent.parent
     asked = subprocess.run(
         ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     if asked.returncode == 0:
         assert environment.commit().removesuffix("+changes") == asked.stdout.strip()
-    monkeypatch.setattr(environment, "_git", lambda *_: None)
     monkeypatch.setenv("TIERMEM_COMMIT", "feed")
     assert environment.commit() == "feed"
     monkeypatch.delenv("TIERMEM_COMMIT")
+    monkeypatch.setattr(environment, "_git", lambda *_: None)
     assert environment.commit() == f"version {environment.tiermem.__version__}"
 
 

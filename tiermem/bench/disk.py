@@ -44,7 +44,7 @@ def run(bench: Run) -> Iterator[Result]:
     ConfigError: the disk has no room, or no store can be there; nothing was written then.
     CorruptPageError: what was read back is not what was written.
     """
-    total = bench.pick(gpu=4 << 30, cpu=512 << 20, quick_gpu=64 << 20, quick_cpu=16 << 20)
+    total = bench.pick(gpu=2 << 30, cpu=512 << 20, quick_gpu=64 << 20, quick_cpu=16 << 20)
     layouts = FULL_LAYERS if bench.scale is Scale.FULL else QUICK_LAYERS
     _check_room(bench.directory, total, min(layouts))
     memory = bench.device.allocate_host(total)

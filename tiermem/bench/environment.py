@@ -41,10 +41,12 @@ def describe(device: Device) -> dict[str, object]:
 
 
 def commit() -> str:
-    """The git commit of this checkout; without git TIERMEM_COMMIT; without that the package's version.
+    """TIERMEM_COMMIT where it is set, else the git commit of this checkout, else the package's version.
 
     A checkout whose tracked files were changed is marked by "+changes".
     """
+    if given := os.environ.get(COMMIT_VARIABLE):
+        return given
     root = Path(tiermem.__file__).resolve().parent.parent
     top = _git(root, "rev-parse", "--show-toplevel")
     # an installed package may lie within a checkout of something else
@@ -53,7 +55,7 @@ def commit() -> str:
         if name is not None:
             changed = _git(root, "status", "--porcelain", "--untracked-files=no")
             return f"{name}+changes" if changed else name
-    return os.environ.get(COMMIT_VARIABLE) or f"version {tiermem.__version__}"
+    return f"version {tiermem.__version__}"
 
 
 def driver_version() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ def best_sdpa(bench: Run, heads: Heads, rows: int, tokens: int) -> FusedRate:
     found = []
     for name, context in _ways(bench):
         try:
-            with context:
+            with context, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of each reason why one is not used
                 samples = time_device(bench.device, attend, bench.repeats, warmups=2)
         except RuntimeError:
             continue  # not for this GPU, or not for these shapes

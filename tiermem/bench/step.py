@@ -51,7 +51,7 @@ def _steps(bench: Run) -> Iterator[Result]:
     quick = bench.scale is Scale.QUICK
     contexts = QUICK_CONTEXTS if quick else CONTEXTS
     layout = PageLayout(NUM_LAYERS, 1, 64, "float16", 64)
-    pages = layout.pages_for(contexts[-1] + 4096)
+    pages = layout.pages_for(contexts[-1]) * 5 // 4 + 64
     config = TierConfig(gpu=pages * layout.slot_bytes, ram=0, device=str(bench.device.torch_device))
     repeats = 8 if quick else 200
     device, _ = open_device(config.device)
