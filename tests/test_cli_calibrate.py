@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from cli_support import Cli, one_thread
 
-from tiermem.cli import calibration_run, step_rates
-from tiermem.cli.step_rates import Reference
+from tiermem.bench import step_rates
+from tiermem.bench.step_rates import Reference
+from tiermem.cli import calibration_run
 from tiermem.errors import TransferError
 from tiermem.layout import PageLayout
 from tiermem.measure import ceilings

@@ -13,7 +13,7 @@ from tiermem.errors import ConfigError
 from tiermem.forecast import Forecast, Hardware, Request, WeightFormat, find_model, predict
 from tiermem.forecast.hardware import complete, machine_profiles
 from tiermem.forecast.models import from_config
-from tiermem.forecast.speed import Limit, Mode, Work, prefill_time, step_time
+from tiermem.forecast.speed import Device, Limit, Mode, Work, prefill_time, step_time
 from tiermem.forecast.weights import BITS, bits_that_fit, bytes_at, bytes_read, num_parameters
 from tiermem.model_shape import ModelShape
 from tiermem.profiles import hardware_profiles
@@ -168,24 +168,24 @@ def test_a_resident_step_worked_out_by_hand() -> None:
     assert step.compute_s == pytest.approx(2 * 1e10 / 1e14)
     assert step.attention_s == pytest.approx(20e-3 + 1e-4)
     assert step.kernels_s == pytest.approx(1.2e-4)
-    assert step.total_s == pytest.approx(20e-3 + 20.1e-3 + 0.12e-3)
-    assert step.tokens_per_s == pytest.approx(1 / 40.22e-3)
+    assert step.total_s == pytest.approx(1e-4 + 20e-3 + 20.1e-3 + 0.12e-3)
+    assert step.tokens_per_s == pytest.approx(1 / 40.32e-3)
     assert step.limit is Limit.HBM
 
 
 def test_a_large_batch_is_bound_by_products() -> None:
     step = step_time(Mode.RESIDENT, work(batch=1000), ROUND)
     assert step.compute_s == pytest.approx(0.2)
-    assert step.total_s == pytest.approx(0.2 + 20.1e-3 + 0.12e-3)
+    assert step.total_s == pytest.approx(1e-4 + 0.2 + 20.1e-3 + 0.12e-3)
     assert step.limit is Limit.COMPUTE
-    assert step.tokens_per_s == pytest.approx(1000 / 0.22022)
+    assert step.tokens_per_s == pytest.approx(1000 / 0.22032)
 
 
 def test_a_small_model_launched_one_by_one_is_bound_by_the_host() -> None:
     small = work(weight_bytes=10**7, parameters=10**7, kv_bytes=10**6)
     step = step_time(Mode.EAGER, small, ROUND)
-    assert step.host_s == pytest.approx(1e-4 + 10 * (5e-5 + 20 * 5e-6))
-    assert step.total_s == step.host_s
+    assert step.host_s == pytest.approx(10 * (5e-5 + 20 * 5e-6))
+    assert step.total_s == step.step_s + step.host_s
     assert step.limit is Limit.LAUNCH
     assert step_time(Mode.RESIDENT, small, ROUND).total_s < step.total_s
 
@@ -193,13 +193,18 @@ def test_a_small_model_launched_one_by_one_is_bound_by_the_host() -> None:
 def test_what_streams_is_hidden_behind_the_computing_until_it_is_longer() -> None:
     hidden = step_time(Mode.FIXED, work(streamed_bytes=10**8), ROUND)
     assert hidden.link_s == pytest.approx(0.01)
-    assert hidden.total_s == hidden.gpu_s
+    assert hidden.total_s == hidden.step_s + hidden.gpu_s
     bound = step_time(Mode.FIXED, work(streamed_bytes=5 * 10**9), ROUND)
-    assert bound.total_s == pytest.approx(0.5)
+    assert bound.total_s == pytest.approx(0.5001)
     assert bound.limit is Limit.LINK
     cold = step_time(Mode.FIXED, work(streamed_bytes=5 * 10**9, cold_bytes=10**9), ROUND)
-    assert cold.total_s == pytest.approx(0.5 + 1.0)
+    assert cold.total_s == pytest.approx(0.5001 + 1.0)
     assert cold.limit is Limit.DISK
+
+
+def test_without_a_gpu_everything_comes_after_everything_else() -> None:
+    step = step_time(Mode.FIXED, work(streamed_bytes=10**8), ROUND, Device.HOST)
+    assert step.total_s == pytest.approx(step.step_s + step.gpu_s + step.host_s + 0.01)
 
 
 def test_prefill_worked_out_by_hand() -> None:

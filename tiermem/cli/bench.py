@@ -33,6 +33,7 @@ QUESTIONS = {
     "kernel": "attention over paged KV, against reading it once and torch's attention",
     "step": "host time of a step, and operations of the page table",
     "pool": "start-up of the warm pool, against cudaHostAlloc",
+    "prediction": "decode steps, against what `tiermem plan` predicts",
     "all": "all of these",
 }
 PLOT = "plot"

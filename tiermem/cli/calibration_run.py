@@ -9,20 +9,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from tiermem import calibration
+from tiermem.bench.step_rates import ON_CPU, ON_GPU, measure_steps
 from tiermem.calibration import Calibration, Found
 from tiermem.cli.calibration_text import calibration_lines
 from tiermem.cli.notes import Progress, note
 from tiermem.cli.screen import terminal_width
-from tiermem.cli.step_rates import ON_CPU, ON_GPU, measure_steps
 from tiermem.device.discovery import choose, open_device, survey
-from tiermem.device.protocol import Device, DeviceKind, Direction
 from tiermem.errors import TierMemError
 from tiermem.machine import Machine
 from tiermem.measure.ceilings import FULL, QUICK, Ceilings
-from tiermem.measure.launches import kernel_time_s, launch_time_s
+from tiermem.measure.machine_rates import ceiling_rates
 from tiermem.rates import Rates
 
 QUICK_FACTOR = 4
@@ -63,7 +60,7 @@ class Run:
         device = open_device(self.device)[0]
         try:
             with Ceilings(device, QUICK if self.quick else FULL) as ceilings:
-                self.rates = _ceiling_rates(ceilings, device).over(self.rates)
+                self.rates = ceiling_rates(ceilings, device).over(self.rates)
         finally:
             device.close()
 
@@ -109,26 +106,6 @@ def forget_kept(device: str, as_json: bool) -> int:
 def _machine(device: str) -> Machine:
     report = survey()
     return Machine.here(choose(device, report).gpu, report.driver_version)
-
-
-def _ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
-    on_gpu = device.kind is DeviceKind.CUDA
-    threads = torch.get_num_threads()
-    dtype = torch.float16 if on_gpu else torch.float32
-    return Rates(
-        link_to_device=ceilings.link_rate(Direction.HOST_TO_DEVICE),
-        link_to_host=ceilings.link_rate(Direction.DEVICE_TO_HOST),
-        link_both=ceilings.two_way_link_rate(),
-        hbm_read=ceilings.hbm_read_rate(),
-        hbm_copy=ceilings.hbm_copy_rate(),
-        ram_read_one=ceilings.ram_read_rate(1),
-        ram_read=ceilings.ram_read_rate(threads),
-        ram_copy=ceilings.ram_copy_rate(threads),
-        matmul=ceilings.matmul_rate(dtype),
-        linear_read=ceilings.linear_read_rate(dtype),
-        kernel_s=kernel_time_s(device, ceilings.repeats),
-        launch_s=launch_time_s(device, ceilings.repeats),
-    )
 
 
 def _show(found: Found, as_json: bool, **more: object) -> None:

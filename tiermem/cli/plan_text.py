@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from tiermem.cli.human import NOTHING, count_text, duration_text, rate_text, time_text
 from tiermem.cli.table import Align, Table, pairs, printable
 from tiermem.forecast.answer import Forecast
-from tiermem.forecast.speed import LAUNCHES, SMALL_KERNELS, Limit, Mode, StepTime
+from tiermem.forecast.speed import LAUNCHES, SMALL_KERNELS, Limit, StepTime
 from tiermem.forecast.weights import BITS, bytes_read, num_parameters
 from tiermem.model_shape import ModelShape
 
-TEXT_WIDTH = 100
+TEXT_WIDTH = 112
 LIMITS = {
     Limit.HBM: "reading GPU memory",
     Limit.COMPUTE: "matrix products",
@@ -150,7 +150,7 @@ def _modes(found: Forecast) -> Table:
             time_text(step.gpu_s),
             time_text(step.link_s) if step.link_s else NOTHING,
             time_text(step.disk_s) if step.disk_s else NOTHING,
-            time_text(step.host_s),
+            time_text(step.step_s + step.host_s),
             LIMITS[step.limit],
         )
         for step in found.modes
@@ -181,9 +181,10 @@ def _sums(found: Forecast) -> Iterator[str]:
 
 
 def _other_sums(step: StepTime, rates: dict[str, float], num_layers: int) -> Iterator[str]:
+    meanwhile = "meanwhile" if step.beside else "besides"
     if step.link_s:
         yield (
-            f"  link, meanwhile: {gb_text(step.work.streamed_bytes)} that are not resident at "
+            f"  link, {meanwhile}: {gb_text(step.work.streamed_bytes)} that are not resident at "
             f"{_rate(rates['link_to_device'])} = {time_text(step.link_s)}"
         )
     if step.disk_s:
@@ -191,14 +192,12 @@ def _other_sums(step: StepTime, rates: dict[str, float], num_layers: int) -> Ite
             f"  disk, before: {gb_text(step.work.cold_bytes)} at {_rate(rates['disk_read'])} = "
             f"{time_text(step.disk_s)}"
         )
-    if step.mode is Mode.RESIDENT:
-        yield f"  host, meanwhile: a step of {time_text(rates['step_s'])}; the rest is replayed"
-        return
-    yield (
-        f"  host, meanwhile: a step of {time_text(rates['step_s'])} + {num_layers} layers x "
-        f"({time_text(rates['layer_s'])} + {LAUNCHES} launches x {time_text(rates['launch_s'])}) = "
-        f"{time_text(step.host_s)}"
-    )
+    if step.host_s:
+        yield (
+            f"  host, {meanwhile}: {num_layers} layers x ({time_text(rates['layer_s'])} + "
+            f"{LAUNCHES} launches x {time_text(rates['launch_s'])}) = {time_text(step.host_s)}"
+        )
+    yield f"  host, before: to plan and end a step, {time_text(rates['step_s'])}"
 
 
 def _rate(num_bytes: float) -> str:

@@ -8,7 +8,7 @@ from tiermem.config import TierConfig
 from tiermem.errors import ConfigError
 from tiermem.forecast.budget import COLD, HOT, NOWHERE, Budget, make_budget
 from tiermem.forecast.hardware import Hardware
-from tiermem.forecast.speed import Limit, Mode, StepTime, Work, prefill_time, step_time
+from tiermem.forecast.speed import Device, Limit, Mode, StepTime, Work, prefill_time, step_time
 from tiermem.forecast.weights import (
     BITS,
     FEW_BITS,
@@ -231,15 +231,16 @@ def _work(request: Request, budget: Budget, streamed: int = 0, cold: int = 0) ->
 def _steps(request: Request, hardware: Hardware, budget: Budget) -> tuple[StepTime, ...]:
     assert budget.kv_tier != NOWHERE
     rates = hardware.rates
+    device = Device.GPU if hardware.gpu_bytes else Device.HOST
     streamed = budget.kv_bytes - budget.kv_in(HOT)
     cold = budget.kv_in(COLD)
     if not streamed:
         work = _work(request, budget)
-        modes = [Mode.RESIDENT, Mode.EAGER] if hardware.gpu_bytes else [Mode.EAGER]
-        return tuple(step_time(mode, work, rates) for mode in modes)
+        modes = [Mode.RESIDENT, Mode.EAGER] if device is Device.GPU else [Mode.EAGER]
+        return tuple(step_time(mode, work, rates, device) for mode in modes)
     return (
-        step_time(Mode.FIXED, _work(request, budget, streamed, cold), rates),
-        step_time(Mode.LRU, _work(request, budget, budget.kv_bytes, cold), rates),
+        step_time(Mode.FIXED, _work(request, budget, streamed, cold), rates, device),
+        step_time(Mode.LRU, _work(request, budget, budget.kv_bytes, cold), rates, device),
     )
 
 
@@ -248,12 +249,13 @@ def _mode_table(step: StepTime) -> dict[str, object]:
         "mode": step.mode.value,
         "tokens_per_s": step.tokens_per_s,
         "limit": step.limit.value,
-        "step_s": step.total_s,
+        "total_s": step.total_s,
         "gpu_s": step.gpu_s,
         "weights_s": step.weights_s,
         "compute_s": step.compute_s,
         "attention_s": step.attention_s,
         "kernels_s": step.kernels_s,
+        "step_s": step.step_s,
         "host_s": step.host_s,
         "link_s": step.link_s,
         "disk_s": step.disk_s,

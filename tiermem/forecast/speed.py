@@ -1,12 +1,12 @@
 """Speed: how long a decode step takes, from what it reads and how fast this is read.
 
 Weights, K and V, small kernels: t_gpu = max(W / B_linear, 2 P b / F) + S / B_attend + L (n t_kernel + t_attend).
-Everything resident, replayed as a CUDA graph: t = max(t_gpu, t_host), t_host = t_step.
-Launched one by one: t = max(t_gpu, t_host), t_host = t_step + L (t_layer + m t_launch).
-X bytes of K and V not on the GPU stream beside the computing: t = max(t_gpu, X / B_link, t_host), and what of
-them lies on the SSD is read before it is sent, while nothing else goes on: t + Y / B_disk.
+With everything resident and replayed as a CUDA graph, t = t_step + t_gpu: the host plans a step, then starts it.
+Launched one by one, t = t_step + max(t_gpu, t_host), t_host = L (t_layer + m t_launch).
+X bytes of K and V that are not on the GPU stream meanwhile, t = t_step + max(t_gpu, X / B_link, t_host);
+and Y bytes of them that lie on the SSD are read before they are sent, while nothing else goes on: t + Y / B_disk.
 A hot tier under LRU finds nothing of a scan that is larger than it: X = S. With a fixed resident set of C bytes,
-X = S - C.
+X = S - C. Without a GPU nothing runs beside anything else: t is the sum of all.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ class Mode(Enum):
     """What fits stays on the GPU, the rest streams over the link."""
     LRU = "LRU and streaming"
     """For comparison: a cyclic scan through an LRU cache that is too small; everything streams."""
+
+
+class Device(Enum):
+    """What computes: a GPU beside the host, or the host itself."""
+
+    GPU = "gpu"
+    HOST = "host"
 
 
 class Limit(Enum):
@@ -64,15 +71,21 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """A decode step in one mode: its parts, which overlap as the module says, and their sum. Seconds."""
+    """A decode step in one mode: its parts, which overlap as the module says, and their sum. Seconds.
+
+    beside: whether computing, launching and the link overlap. step_s: the host's, to enter and leave a step.
+    host_s: the host's, to launch what the GPU does.
+    """
 
     mode: Mode
     batch: int
     work: Work
+    beside: bool
     weights_s: float
     compute_s: float
     attention_s: float
     kernels_s: float
+    step_s: float
     host_s: float
     link_s: float
     disk_s: float
@@ -85,7 +98,8 @@ class StepTime:
     @property
     def total_s(self) -> float:
         """The step."""
-        return max(self.gpu_s, self.link_s, self.host_s) + self.disk_s
+        parts = (self.gpu_s, self.link_s, self.host_s)
+        return self.step_s + (max(parts) if self.beside else sum(parts)) + self.disk_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -97,15 +111,15 @@ class StepTime:
         """What takes longest."""
         memory_s = self.attention_s + (self.weights_s if self.weights_s >= self.compute_s else 0.0)
         product_s = self.compute_s if self.compute_s > self.weights_s else 0.0
-        if max(self.link_s, self.disk_s, self.host_s) > self.gpu_s:
-            longest = max(self.link_s, self.disk_s, self.host_s)
-            by_time = {self.disk_s: Limit.DISK, self.link_s: Limit.LINK, self.host_s: Limit.LAUNCH}
-            return by_time[longest]
-        parts = {memory_s: Limit.HBM, product_s: Limit.COMPUTE, self.kernels_s: Limit.LAUNCH}
-        return parts[max(parts)]
+        host_s = self.step_s + self.host_s
+        if max(self.link_s, self.disk_s, host_s) > self.gpu_s:
+            by_time = {self.disk_s: Limit.DISK, self.link_s: Limit.LINK, host_s: Limit.LAUNCH}
+        else:
+            by_time = {memory_s: Limit.HBM, product_s: Limit.COMPUTE, self.kernels_s: Limit.LAUNCH}
+        return by_time[max(by_time)]
 
 
-def step_time(mode: Mode, work: Work, rates: Rates) -> StepTime:
+def step_time(mode: Mode, work: Work, rates: Rates, device: Device = Device.GPU) -> StepTime:
     """The time of one decode step; `rates` must be complete."""
     known = rates.to_table()
     layers = work.num_layers
@@ -114,11 +128,13 @@ def step_time(mode: Mode, work: Work, rates: Rates) -> StepTime:
         mode=mode,
         batch=work.batch,
         work=work,
+        beside=device is Device.GPU,
         weights_s=work.weight_bytes / known["linear_read"],
         compute_s=2 * work.parameters * work.batch / known["matmul"],
         attention_s=work.kv_bytes / known["decode_read"] + layers * known["attend_s"],
         kernels_s=layers * SMALL_KERNELS * known["kernel_s"],
-        host_s=known["step_s"] + eager,
+        step_s=known["step_s"],
+        host_s=eager,
         link_s=work.streamed_bytes / known["link_to_device"],
         disk_s=work.cold_bytes / known["disk_read"],
     )

@@ -24,21 +24,22 @@ LINK_WAYS = (Direction.HOST_TO_DEVICE, Direction.DEVICE_TO_HOST)
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 
 GPU_REDUCTIONS: dict[str, Reduction] = {
-    "sum of float32": lambda part: part.view(torch.float32).sum(),
-    "sum of float64": lambda part: part.view(torch.float64).sum(),
-    "largest float32": lambda part: part.view(torch.float32).amax(),
-    "largest int32": lambda part: part.view(torch.int32).amax(),
-    "sums of rows of float32": lambda part: part.view(torch.float32).view(-1, 1 << 14).sum(1),
+    "sum of float64": lambda data: data.view(torch.float64).sum(),
+    "largest float64": lambda data: data.view(torch.float64).amax(),
+    "sum of int64": lambda data: data.view(torch.int64).sum(),
+    "largest int64": lambda data: data.view(torch.int64).amax(),
+    "sums of rows of float64": lambda data: data.view(torch.float64).view(-1, 1 << 13).sum(1),
 }
-"""Ways to read everything once; which is fastest depends on the GPU and on torch's version."""
+"""Ways to read everything once; which is fastest depends on the GPU and on torch's version. Of 8 bytes an element,
+so that 8 GiB are one launch: more elements than 32 bits can index are split."""
 CPU_REDUCTIONS: dict[str, Reduction] = {
     "largest int32": lambda part: part.view(torch.int32).amax(),
     "sum of float32": lambda part: part.view(torch.float32).sum(),
 }
 """The same for host memory; torch reads with vector instructions, its threads side by side."""
 
-PART_BYTES = 4 << 30
-"""A reduction reads at most this in one launch: 2^30 float32, which 32 bits can index."""
+PASSES = 4
+"""A timed run reads or copies the GPU's buffer so often, back to back, so that its start does not count."""
 ROW_BYTES = 1 << 16
 """Sizes are multiples of this, a row of the reduction by rows."""
 PATTERN = 0x3F
@@ -217,19 +218,21 @@ class Ceilings:
         return (hot, host) if way is Direction.HOST_TO_DEVICE else (host, hot)
 
     def _measure_hot_read(self, reduction: Reduction) -> float:
-        parts = self._hot.tensor.split(PART_BYTES)
-
-        def run() -> None:
-            for part in parts:
-                reduction(part)
-
-        samples = time_device(self._device, run, self._effort.repeats, warmups=2)
-        return self._hot.num_bytes / samples.median_s
+        data = self._hot.tensor
+        return self._passes_a_second(lambda: reduction(data)) * self._hot.num_bytes
 
     def _measure_hot_copy(self) -> float:
         src, dst = _halves(self._hot)
-        samples = time_device(self._device, lambda: dst.copy_(src), self._effort.repeats, warmups=2)
-        return 2 * src.numel() / samples.median_s
+        return self._passes_a_second(lambda: dst.copy_(src)) * 2 * src.numel()
+
+    def _passes_a_second(self, one_pass: Callable[[], object]) -> float:
+        def run() -> None:
+            for _ in range(passes):
+                one_pass()
+
+        passes = PASSES if self._device.kind is DeviceKind.CUDA else 1
+        samples = time_device(self._device, run, self._effort.repeats, warmups=2)
+        return passes / samples.median_s
 
     def _measure_ram_read(self) -> float:
         data = self._host.tensor

@@ -1,0 +1,31 @@
+"""Machine rates: every rate that can be measured without a manager, at once."""
+
+from __future__ import annotations
+
+import torch
+
+from tiermem.device.protocol import Device, DeviceKind, Direction
+from tiermem.measure.ceilings import Ceilings
+from tiermem.measure.launches import kernel_time_s, launch_time_s
+from tiermem.rates import Rates
+
+
+def ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
+    """The rates of link, memory, products and launches of `device`, which `ceilings` are of."""
+    on_gpu = device.kind is DeviceKind.CUDA
+    threads = torch.get_num_threads()
+    dtype = torch.float16 if on_gpu else torch.float32
+    return Rates(
+        link_to_device=ceilings.link_rate(Direction.HOST_TO_DEVICE),
+        link_to_host=ceilings.link_rate(Direction.DEVICE_TO_HOST),
+        link_both=ceilings.two_way_link_rate(),
+        hbm_read=ceilings.hbm_read_rate(),
+        hbm_copy=ceilings.hbm_copy_rate(),
+        ram_read_one=ceilings.ram_read_rate(1),
+        ram_read=ceilings.ram_read_rate(threads),
+        ram_copy=ceilings.ram_copy_rate(threads),
+        matmul=ceilings.matmul_rate(dtype),
+        linear_read=ceilings.linear_read_rate(dtype),
+        kernel_s=kernel_time_s(device, ceilings.repeats),
+        launch_s=launch_time_s(device, ceilings.repeats),
+    )
