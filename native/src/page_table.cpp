@@ -20,34 +20,28 @@ constexpr std::array<const char*, 7> kPlaceNames = {"ABSENT",    "FILLING",   "p
 
 }  // namespace
 
-// Marks the pages of one batch, so that a second mention is seen; unmarks them when it goes.
+// Marks the pages of one batch with the batch's number, so that a second mention is seen.
 class PageTable::Marks {
  public:
-  Marks(PageTable& table, const char* verb, PageIds ids) : table_(table), verb_(verb), ids_(ids) {}
+  Marks(PageTable& table, const char* verb) : table_(table), verb_(verb) {
+    if (++table_.batch_ != 0) return;
+    for (Page& page : table_.pages_) page.batch = 0;  // numbers start again after 2^32 batches
+    table_.batch_ = 1;
+  }
   Marks(const Marks&) = delete;
   Marks& operator=(const Marks&) = delete;
 
-  ~Marks() {
-    for (const PageId id : ids_.first(num_marked_))
-      page_of(id).flags &= static_cast<std::uint8_t>(~kMarked);
-  }
-
-  // REQUIRES: called for the ids of the batch in their order.
   void add(std::int32_t index) {
     Page& page = table_.page_at(index);
-    if (page.has(kMarked)) table_.refuse(verb_, ids_[num_marked_], "must be given once");
-    page.flags |= kMarked;
-    ++num_marked_;
+    if (page.batch == table_.batch_) {
+      table_.refuse(verb_, table_.id_of(index), "must be given once");
+    }
+    page.batch = table_.batch_;
   }
 
  private:
-  // By index alone: the page may have died since it was marked.
-  Page& page_of(PageId id) { return table_.page_at(static_cast<std::int32_t>(id & 0xffffffff)); }
-
   PageTable& table_;
   const char* verb_;
-  PageIds ids_;
-  std::size_t num_marked_ = 0;
 };
 
 PageTable::PageTable(const std::array<std::int64_t, kNumTiers>& num_slots) {
@@ -133,7 +127,7 @@ std::int32_t PageTable::new_page(std::uint8_t flags, std::int32_t refs) {
 
 void PageTable::die(std::int32_t index) {
   Page& page = page_at(index);
-  page.flags &= kMarked;
+  page.flags = 0;
   --num_alive_;
   // An index whose generations are used up is never used again, so that no id comes back.
   if (page.generation == std::numeric_limits<std::int32_t>::max()) return;
@@ -197,7 +191,7 @@ std::vector<PageId> PageTable::release(PageIds ids) {
 }
 
 void PageTable::publish(PageIds ids) {
-  Marks marks(*this, "publish", ids);
+  Marks marks(*this, "publish");
   each("publish", ids, [&](std::int32_t index) {
     const Page& page = page_at(index);
     if (!page.has(kSealed) || page.has(kPublished) || page.has(kLost) || page.is_dying()) {
@@ -209,7 +203,7 @@ void PageTable::publish(PageIds ids) {
 }
 
 std::vector<PageId> PageTable::unpublish(PageIds ids) {
-  Marks marks(*this, "unpublish", ids);
+  Marks marks(*this, "unpublish");
   each("unpublish", ids, [&](std::int32_t index) {
     if (!page_at(index).has(kPublished)) refuse("unpublish", id_of(index), "must be published");
     marks.add(index);
@@ -223,7 +217,7 @@ std::vector<PageId> PageTable::unpublish(PageIds ids) {
 }
 
 void PageTable::seal(PageIds ids) {
-  Marks marks(*this, "seal", ids);
+  Marks marks(*this, "seal");
   each("seal", ids, [&](std::int32_t index) {
     const Page& page = page_at(index);
     if (page.has(kSealed) || page.is_dying() || !page.is_valid(tier_number(Tier::Gpu))) {
@@ -238,7 +232,7 @@ void PageTable::seal(PageIds ids) {
 }
 
 void PageTable::reopen(PageIds ids) {
-  Marks marks(*this, "reopen", ids);
+  Marks marks(*this, "reopen");
   each("reopen", ids, [&](std::int32_t index) {
     const Page& page = page_at(index);
     const bool is_private = page.refs == 1 && !page.has(kPublished) && !page.has(kLost);
@@ -272,7 +266,7 @@ std::vector<Slot> PageTable::reserve(PageIds ids, Tier tier) {
                          std::to_string(ids.size()) + " slots: must be at most the " +
                          std::to_string(num_free) + " that are free");
   }
-  Marks marks(*this, "reserve", ids);
+  Marks marks(*this, "reserve");
   each("reserve", ids, [&](std::int32_t index) {
     const Page& page = page_at(index);
     if (page.places[t] != Place::Absent || page.is_dying() ||
@@ -295,7 +289,7 @@ std::vector<Slot> PageTable::reserve(PageIds ids, Tier tier) {
 
 std::vector<PageId> PageTable::commit(PageIds ids, Tier tier) {
   const std::size_t t = tier_number(tier);
-  Marks marks(*this, "commit", ids);
+  Marks marks(*this, "commit");
   each("commit", ids, [&](std::int32_t index) {
     if (page_at(index).places[t] != Place::Filling)
       refuse("commit", id_of(index), t, "must be FILLING");
@@ -312,7 +306,7 @@ std::vector<PageId> PageTable::commit(PageIds ids, Tier tier) {
 
 std::vector<PageId> PageTable::abort(PageIds ids, Tier tier) {
   const std::size_t t = tier_number(tier);
-  Marks marks(*this, "abort", ids);
+  Marks marks(*this, "abort");
   each("abort", ids, [&](std::int32_t index) {
     const Page& page = page_at(index);
     if (page.places[t] != Place::Filling || page.copies[t].pins > 0) {
@@ -330,7 +324,7 @@ std::vector<PageId> PageTable::abort(PageIds ids, Tier tier) {
 
 void PageTable::drop(PageIds ids, Tier tier) {
   const std::size_t t = tier_number(tier);
-  Marks marks(*this, "drop", ids);
+  Marks marks(*this, "drop");
   each("drop", ids, [&](std::int32_t index) {
     const Page& page = page_at(index);
     if (!page.is_movable(t) || page.num_valid() < 2) {
@@ -346,7 +340,7 @@ void PageTable::drop(PageIds ids, Tier tier) {
 
 std::vector<PageId> PageTable::discard(PageIds ids, Tier tier) {
   const std::size_t t = tier_number(tier);
-  Marks marks(*this, "discard", ids);
+  Marks marks(*this, "discard");
   each("discard", ids, [&](std::int32_t index) {
     if (!page_at(index).is_movable(t))
       refuse("discard", id_of(index), t, "must be VALID and unpinned");

@@ -47,7 +47,6 @@ class PageTableAudit {
       const Page& page = table_.pages_[index];
       const std::string where = "page index " + std::to_string(index);
       require(page.refs >= 0, where, "refs are negative");
-      require(!page.has(PageTable::kMarked), where, "a batch left its mark");
       for (std::size_t tier = 0; tier < kNumTiers; ++tier) check_copy(page, tier, where);
       if (page.has(PageTable::kAlive)) {
         ++num_alive;

@@ -31,6 +31,7 @@
 #include <span>
 #include <vector>
 
+#include "tiermem/huge_pages.h"
 #include "tiermem/slot_bitmap.h"
 
 namespace tiermem {
@@ -177,7 +178,7 @@ class PageTable {
   static constexpr std::size_t kNumLists = 3;
   static constexpr std::int32_t kNone = -1;  // end of a list; slot of an ABSENT copy
 
-  enum Flag : std::uint8_t { kAlive = 1, kSealed = 2, kPublished = 4, kLost = 8, kMarked = 16 };
+  enum Flag : std::uint8_t { kAlive = 1, kSealed = 2, kPublished = 4, kLost = 8 };
 
   struct Copy {
     std::int32_t slot = kNone;
@@ -193,6 +194,7 @@ class PageTable {
     std::array<Place, kNumTiers> places{};
     std::uint8_t flags = 0;
     std::array<Copy, kNumTiers> copies;
+    std::uint32_t batch = 0;  // the last batch that named it; see Marks
 
     bool has(Flag flag) const { return (flags & flag) != 0; }
     bool is_valid(std::size_t tier) const { return places[tier] >= Place::Pinned; }
@@ -249,13 +251,14 @@ class PageTable {
   void die(std::int32_t index);
   Evicted evict_from(Place place, Tier tier, std::int64_t count);
 
-  std::vector<Page> pages_;
+  std::vector<Page, HugePageAllocator<Page>> pages_;
   std::vector<std::int32_t> free_indices_;
   std::vector<SlotBitmap> free_slots_;
   std::array<std::array<List, kNumLists>, kNumTiers> lists_{};
   // Slots by the place of their copy; under Absent, the free ones.
   std::array<std::array<std::int64_t, kNumPlaces>, kNumTiers> num_in_place_{};
   std::int64_t num_alive_ = 0;
+  std::uint32_t batch_ = 0;
   Tier lowest_ = Tier::Gpu;
 };
 
