@@ -26,6 +26,8 @@ from tiermem.calibration import (
     load_logged,
     save,
 )
+from tiermem.device.copy_rates import CopyCase, CopyMethod, CopyRate, CopyRates
+from tiermem.device.protocol import Direction
 from tiermem.device.report import GpuInfo
 from tiermem.errors import ConfigError
 from tiermem.machine import Machine
@@ -36,6 +38,9 @@ MACHINE = Machine(
     gpu="NVIDIA H200", gpu_uuid="GPU-1b2c", pci_bus_id="0000:01:00.0", driver="580.1", cpu="Xeon",
     cores=16, ram_units=2048, kernel="6.18.0",
 )  # fmt: skip
+COPIES = CopyRates((
+    CopyRate(CopyCase(Direction.HOST_TO_DEVICE, False, 1 << 16, 1), CopyMethod.KERNEL, 51.0),
+))  # fmt: skip
 RATES = Rates(link_to_device=55.5e9, hbm_read=4.55e12, matmul=7e14, step_s=9.5e-5)
 
 
@@ -49,7 +54,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def made(**changes: Any) -> Calibration:
     values = {
         "machine": MACHINE, "made_s": NOW_S - DAY_S, "quick": False, "rates": RATES,
-        "disks": (DiskPlace("/mnt/ssd", 66, 4.5e9, 4e9, {"engine": "threads"}),), "copies": {"h2d": [1, 2]},
+        "disks": (DiskPlace("/mnt/ssd", 66, 4.5e9, 4e9, {"engine": "threads"}),), "copies": COPIES,
     }  # fmt: skip
     return Calibration(**{**values, **changes})
 
@@ -186,6 +191,8 @@ def test_a_rate_that_cannot_be_spoils_the_file(key: str, value: object) -> None:
         lambda table: table["disks"][0].update(details=[]),
         lambda table: table.update(disks=table["disks"] * 100),
         lambda table: table.update(copies=[]),
+        lambda table: table["copies"].update(format=99),
+        lambda table: table["copies"]["rows"][0].update(gb_per_s=-1),
         lambda table: table.update(made_s="now"),
         lambda table: table.update(tiermem=5),
         lambda table: table.update(more=1),

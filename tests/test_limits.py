@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from tiermem import PageLayout, TierConfig, TierManager, calibration
 from tiermem.calibration import Calibration, DiskPlace
 from tiermem.cli.manager_text import flow_table
 from tiermem.cli.snapshot import read_stats
+from tiermem.device.copy_rates import CopyCase, CopyMethod, CopyRate, CopyRates
 from tiermem.device.cpu import CpuDevice
+from tiermem.device.protocol import Direction
 from tiermem.device.simulated import SimulatedDevice
 from tiermem.limits import calibration_of, route_limits
 from tiermem.machine import Machine
+from tiermem.measure.ceilings import Ceilings, Effort
 from tiermem.pools import Tier
 from tiermem.rates import Rates
 from tiermem.stats import FlowStats
@@ -51,6 +55,42 @@ def test_a_simulated_device_is_not_calibrated(tmp_path: Path) -> None:
     calibration.save(made(tmp_path))
     assert calibration_of(SimulatedDevice()) is None
     assert calibration_of(CpuDevice()) == calibration.load(Machine.here(None)).calibration
+
+
+class ManyWays(CpuDevice):
+    """A device that can copy in several ways."""
+
+    copy_rates: CopyRates | None = None
+    copy_method: CopyMethod | None = None
+
+
+def test_a_manager_hands_its_device_what_was_measured_of_copies(tmp_path: Path) -> None:
+    case = CopyCase(Direction.HOST_TO_DEVICE, False, 1 << 16, 1)
+    copies = CopyRates((CopyRate(case, CopyMethod.KERNEL, 51.0),))
+    layout = PageLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16)
+    config = TierConfig(gpu="16KiB", ram=0, ssd=0)
+    device = ManyWays()
+    with TierManager(layout, config, device=device):
+        assert device.copy_rates is None
+    calibration.save(replace(made(tmp_path), copies=copies))
+    device = ManyWays()
+    with TierManager(layout, config, device=device):
+        assert device.copy_rates == copies
+
+
+def test_the_link_is_measured_by_the_drivers_copies_alone() -> None:
+    device = ManyWays()
+    device.copy_method = CopyMethod.KERNEL
+    seen = []
+
+    def copy(*_arguments: object) -> None:
+        seen.append(device.copy_method)
+
+    device.copy = copy  # type: ignore[method-assign]
+    with Ceilings(device, Effort(1 << 20, 1 << 20, 1)) as ceilings:
+        ceilings.link_rate(Direction.HOST_TO_DEVICE)
+    assert set(seen) == {CopyMethod.SINGLE}
+    assert device.copy_method is CopyMethod.KERNEL
 
 
 def test_a_manager_shows_its_rates_as_shares(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from tiermem.configfile import parse_json
+from tiermem.device.copy_rates import CopyRates
 from tiermem.errors import ConfigError
 from tiermem.fields import check_int, check_keys, check_number, check_text, refuse
 from tiermem.machine import Machine
@@ -86,7 +87,7 @@ class DiskPlace:
 class Calibration:
     """The figures of one machine. made_s: seconds since the epoch. quick: measured with less care.
 
-    copies: what is known of copy methods, as the device's own measurement describes it; empty if nothing is.
+    copies: what each way of copying reached; None where there is one way only.
     """
 
     machine: Machine
@@ -94,7 +95,7 @@ class Calibration:
     quick: bool
     rates: Rates
     disks: tuple[DiskPlace, ...] = ()
-    copies: Mapping[str, object] | None = None
+    copies: CopyRates | None = None
 
     @property
     def expires_s(self) -> float:
@@ -118,7 +119,7 @@ class Calibration:
             "quick": self.quick,
             "rates": self.rates.to_table(),
             "disks": [place.to_table() for place in self.disks],
-            "copies": None if self.copies is None else dict(self.copies),
+            "copies": None if self.copies is None else self.copies.to_dict(),
         }
 
 
@@ -277,7 +278,7 @@ def _parse(text: str) -> Calibration:
         quick=table.get("quick") is True,
         rates=Rates.from_table(_table("rates", table.get("rates"))),
         disks=_disks(table.get("disks")),
-        copies=None if copies is None else _table("copies", copies),
+        copies=None if copies is None else CopyRates.from_dict(_table("copies", copies)),
     )
 
 

@@ -1,10 +1,11 @@
-"""Limits: the rates that transfers between two tiers cannot exceed on this machine, as it was calibrated."""
+"""Limits: what this machine's calibration means for a manager: how it copies, and how fast it could at most."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tiermem.calibration import Calibration, load_logged
+from tiermem.device.copy_measure import MeasurableDevice
 from tiermem.device.discovery import survey
 from tiermem.device.protocol import Device, DeviceKind
 from tiermem.machine import Machine
@@ -22,6 +23,12 @@ def calibration_of(device: Device) -> Calibration | None:
     index = device.torch_device.index
     gpu = next((gpu for gpu in report.gpus if gpu.index == index), None)
     return None if gpu is None else load_logged(Machine.here(gpu, report.driver_version))
+
+
+def use_best_copies(device: Device, made: Calibration | None) -> None:
+    """Let `device` choose its ways of copying by what was measured, not by a look at its first copy."""
+    if made is not None and made.copies is not None and isinstance(device, MeasurableDevice):
+        device.copy_rates = made.copies
 
 
 def route_limits(made: Calibration | None, ssd_path: Path | None) -> dict[Route, float]:

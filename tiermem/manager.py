@@ -18,7 +18,7 @@ from tiermem.device.discovery import open_device
 from tiermem.device.protocol import Device
 from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.layout import PageLayout
-from tiermem.limits import calibration_of, route_limits
+from tiermem.limits import calibration_of, route_limits, use_best_copies
 from tiermem.pools import VALID, Ids, Tier
 from tiermem.pressure import Pressure
 from tiermem.resident import ResidentPool
@@ -72,7 +72,9 @@ class TierManager:
         self._device = device if device is not None else open_device(config.device)[0]
         self._store: ColdStore | None = None
         try:
-            self._limits = route_limits(calibration_of(self._device), config.ssd_path)
+            made = calibration_of(self._device)
+            use_best_copies(self._device, made)
+            self._limits = route_limits(made, config.ssd_path)
             self._store = open_store(layout, config)
             self._core = build_core(
                 layout, config, model_id, shard, self._device, self._store, self._seal_idle

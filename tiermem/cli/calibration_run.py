@@ -15,6 +15,8 @@ from tiermem.calibration import Calibration, Found
 from tiermem.cli.calibration_text import calibration_lines
 from tiermem.cli.notes import Progress, note
 from tiermem.cli.screen import terminal_width
+from tiermem.device.copy_measure import measure_copies
+from tiermem.device.copy_rates import CopyRates
 from tiermem.device.discovery import choose, open_device, survey
 from tiermem.errors import TierMemError
 from tiermem.machine import Machine
@@ -22,6 +24,8 @@ from tiermem.measure.ceilings import FULL, QUICK, Ceilings
 from tiermem.measure.machine_rates import ceiling_rates
 from tiermem.rates import Rates
 
+COPY_S, QUICK_COPY_S = 6.0, 1.0
+"""How long the ways of copying are measured, about."""
 QUICK_FACTOR = 4
 """How many times shorter the context of a quick measurement is."""
 
@@ -34,6 +38,7 @@ class Run:
     ssd_path: Path
     quick: bool
     rates: Rates = field(default_factory=Rates)
+    copies: CopyRates | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -53,6 +58,7 @@ class Run:
     def _parts(self) -> list[tuple[str, Callable[[], None]]]:
         return [
             ("memory and link", self._measure_ceilings),
+            ("ways to copy", self._measure_copies),
             ("attention and steps", self._measure_steps),
         ]
 
@@ -63,6 +69,14 @@ class Run:
                 self.rates = ceiling_rates(ceilings, device).over(self.rates)
         finally:
             device.close()
+
+    def _measure_copies(self) -> None:
+        device = open_device(self.device)[0]
+        try:
+            found = measure_copies(device, seconds=QUICK_COPY_S if self.quick else COPY_S)
+        finally:
+            device.close()
+        self.copies = found if found.rows else None
 
     def _measure_steps(self) -> None:
         reference = ON_GPU if self.device.startswith("cuda") else ON_CPU
@@ -79,7 +93,7 @@ def measure_and_keep(device: str, ssd_path: Path | None, *, quick: bool, as_json
     name = device_name(choose(device, survey()))
     run = Run(name, place, quick)
     run.measure()
-    made = Calibration(_machine(device), time.time(), quick, run.rates)
+    made = Calibration(_machine(device), time.time(), quick, run.rates, copies=run.copies)
     path = calibration.save(made)
     _show(Found(path, made), as_json, seconds=run.seconds, problems=run.problems)
     for problem in run.problems:

@@ -14,6 +14,8 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from tiermem.device.copy_measure import MeasurableDevice
+from tiermem.device.copy_rates import CopyMethod
 from tiermem.device.cpu import CpuDevice
 from tiermem.device.host import host_free_bytes
 from tiermem.device.protocol import Addresses, Device, DeviceKind, Direction, Memory
@@ -207,7 +209,10 @@ class Ceilings:
             for way, stream, (dst, src) in zip(ways, streams, places, strict=True):
                 self._device.copy(way, dst, src, part, stream)
 
-        samples = time_device(self._device, run, self._effort.repeats, streams=streams, warmups=2)
+        with _by_dma(self._device):
+            samples = time_device(
+                self._device, run, self._effort.repeats, streams=streams, warmups=2
+            )
         return len(ways) * part / samples.median_s
 
     def _place(self, way: Direction, offset: int) -> tuple[Addresses, Addresses]:
@@ -337,6 +342,20 @@ def _room(wanted: int, free_bytes: int) -> int:
 def _halves(memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
     first, second = memory.tensor.split(memory.num_bytes // 2)
     return first, second
+
+
+@contextmanager
+def _by_dma(device: Device) -> Iterator[None]:
+    """Let a device that has several ways of copying give each copy to the driver for a while."""
+    if not isinstance(device, MeasurableDevice):
+        yield
+        return
+    before = device.copy_method
+    device.copy_method = CopyMethod.SINGLE
+    try:
+        yield
+    finally:
+        device.copy_method = before
 
 
 @contextmanager
