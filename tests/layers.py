@@ -35,7 +35,13 @@ LAYERS = {
     "measure": ["tiermem.measure", "tiermem.calibration", "tiermem.machine"],
     "forecast": ["tiermem.forecast"],
     "pools": ["tiermem.pools"],
-    "store": ["tiermem.store", "tiermem.store_format"],
+    "store": [
+        "tiermem.disk_rates",
+        "tiermem.store",
+        "tiermem.store_files",
+        "tiermem.store_format",
+        "tiermem.store_transfer",
+    ],
     "prefix": ["tiermem.prefix"],
     "transfer": ["tiermem.transfer", "tiermem.inflight", "tiermem.meter"],
     "step": [
@@ -107,7 +113,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 RESERVED = {
     "cuda": ["tiermem.device.cuda"],
     "cupy": [],
-    "lmdb": ["tiermem.store", "tiermem.cli"],
+    "lmdb": ["tiermem.store_files", "tiermem.cli"],
     "triton": ["tiermem.attention.kernels"],
     "transformers": ["tiermem.integrations", "tiermem.cli"],
     "threading": ["tiermem.service"],

@@ -92,6 +92,7 @@ def test_a_slot_is_never_reused_while_a_copy_reads_it(manager: TierManager) -> N
     grow(manager, sequence, 4 * LAYOUT.page_tokens)
     core.in_flight.drain()
     torch.cuda.synchronize()
+    core.leases.end_all()
     with latch.holding(core.mover.to_host):
         assert core.room.demote(Tier.GPU, 4) == 4
         for _ in range(POLLS):

@@ -6,6 +6,7 @@ one small copy a step, so that a captured CUDA graph can be replayed while the s
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +23,8 @@ from tiermem.pools import Ids, Tier
 LEAST_PAGES = 64
 """Block tables start with room for this many pages a sequence, and double when a sequence outgrows them."""
 SPARE_CHUNKS = 1.25
-"""Work lists have room for a quarter more chunks than the plan they were made for: plans change as sequences grow,
-and programs without work cost little while they are few."""
+"""Work lists have room for a quarter more chunks than plans for sequences as they are, and as long as the tables
+allow: plans change as sequences grow, and programs without work cost little while they are few."""
 REPLAN_STEPS = 32
 """Steps until the work list is planned anew; the last chunk of each sequence grows meanwhile."""
 MOST_TABLES = 8
@@ -42,17 +43,22 @@ class Row:
 class ResidentTables:
     """Tables of `num_sequences` sequences with one new token each and at most `max_pages` pages each.
 
-    `paged` and `token_slots` keep their addresses; what they hold is written in the order of the compute stream.
+    There is room for each of `works`, of which there are none where the backend plans nothing. `paged` and
+    `token_slots` keep their addresses; what they hold is written in the order of the compute stream.
     """
 
     def __init__(
-        self, num_sequences: int, max_pages: int, work: PlannedWork | None, device: torch.device
+        self,
+        num_sequences: int,
+        max_pages: int,
+        works: SequenceOf[PlannedWork],
+        device: torch.device,
     ) -> None:
         n = num_sequences
         self.num_sequences = n
         self.max_pages = max_pages
-        self.max_chunks = int(SPARE_CHUNKS * len(work.rows)) + 1 if work is not None else 0
-        self.max_splits = 1 << work.max_splits.bit_length() if work is not None else 0
+        self.max_chunks = max((int(SPARE_CHUNKS * len(work.rows)) + 1 for work in works), default=0)
+        self.max_splits = max((1 << work.max_splits.bit_length() for work in works), default=0)
         self.steps_since_plan = REPLAN_STEPS
         self._rows = [_unknown_row() for _ in range(n)]
         self._block = torch.zeros((n, max_pages), dtype=torch.int32, device=device)
@@ -74,7 +80,7 @@ class ResidentTables:
             max_pages=max_pages,
             num_rows=n,
             work=None
-            if work is None
+            if not works
             else WorkList(packed[5].view(-1, ROW_INTS), self.max_splits, self.max_chunks),
         )
 
@@ -154,11 +160,14 @@ class ResidentPool:
         self, plan: Plan, tables: ResidentTables | None, most_pages: int
     ) -> ResidentTables:
         """`tables` with a new work list, or new tables where it does not fit."""
+        core, count = self._core, len(plan.shares)
         lengths = np.array([share.past_tokens + 1 for share in plan.shares], dtype=np.int64)
-        work = self._core.backend.plan(self._core.layout, lengths)
+        work = core.backend.plan(core.layout, lengths)
         if tables is None or (work is not None and not tables.set_work(work)):
             max_pages = max(LEAST_PAGES, 1 << most_pages.bit_length())
-            tables = ResidentTables(len(plan.shares), max_pages, work, self._core.hot.data.device)
+            grown = np.full(count, max_pages * core.layout.page_tokens, dtype=np.int64)
+            works = [w for w in (work, core.backend.plan(core.layout, grown)) if w is not None]
+            tables = ResidentTables(count, max_pages, works, core.hot.data.device)
             if work is not None:
                 tables.set_work(work)
         return tables

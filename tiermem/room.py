@@ -56,6 +56,9 @@ class Room:
         self._leases = leases
         self._watermarks = watermarks
         self._seal_idle = seal_idle
+        self._lower_tiers = {
+            tier: [t for t in Tier if t > tier and table.counts(t).slots > 0] for tier in Tier
+        }
         self.evictions = dict.fromkeys(Tier, 0)
         self.demotions = dict.fromkeys(Tier, 0)
 
@@ -92,7 +95,9 @@ class Room:
         return wanted
 
     def is_short(self, tier: Tier) -> bool:
-        """Whether fewer slots can be had at once than the low watermark asks for."""
+        """Whether copies should go down ahead of need: fewer slots can be had at once than the low watermark."""
+        if not self._lower(tier):
+            return False
         return self.spare(tier) + self._mover.leaving[tier] < self._watermarks[tier].low
 
     def spare(self, tier: Tier) -> int:
@@ -158,9 +163,9 @@ class Room:
     def demote_ahead(self) -> None:
         """Background work: where a tier is below its low watermark, start demoting; never waits."""
         for tier in Tier:
-            lower = next(iter(self._lower(tier)), None)
-            if lower is None or not self.is_short(tier):
+            if not self.is_short(tier):
                 continue
+            lower = self._lower(tier)[0]
             if tier == Tier.GPU:
                 self._leases.end_all()  # what they held may be clean, or can be copied now
             ready = self.spare(tier) + self._mover.leaving[tier]
@@ -194,7 +199,7 @@ class Room:
     # ---- inside ------------------------------------------------------------------------------------
 
     def _lower(self, tier: Tier) -> list[Tier]:
-        return [t for t in Tier if t > tier and self._table.counts(t).slots > 0]
+        return self._lower_tiers[tier]
 
     def _has_lower_copy(self, ids: Ids, tier: Tier) -> NDArray[np.bool_]:
         has_lower = np.zeros(len(ids), dtype=np.bool_)

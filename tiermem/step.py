@@ -85,6 +85,7 @@ class Step:
         self._next_layer = 0
         self._resident: ResidentTables | None = None
         self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._checked: dict[str, tuple[object, ...]] = {}
 
     # ---- the context -------------------------------------------------------------------------------
 
@@ -137,16 +138,15 @@ class Step:
         TypeError, ValueError: a wrong shape, dtype or device. TierMemError: not this layer's turn.
         """
         plan = self._running_plan()
-        num_layers = self._core.layout.num_layers
         if layer != self._next_layer:
             due = (
                 f"layer {self._next_layer}"
-                if self._next_layer < num_layers
+                if self._next_layer < self._core.layout.num_layers
                 else "none, all are appended"
             )
             raise TierMemError(f"append of layer {layer}: the layers come in order, due is {due}")
-        for name, tensor in (("k", k), ("v", v)):
-            self._check_rows(name, tensor, plan, self._core.layout.num_kv_heads)
+        self._check_rows("k", k, plan)
+        self._check_rows("v", v, plan)
         self._core.backend.store(self._core.hot, layer, k, v, self._token_slots)
         self._kv = (k, v)
         for chunk in self._chunks:
@@ -187,7 +187,7 @@ class Step:
                 f"attend of layer {layer}: must follow append of that layer; the last one appended "
                 f"is {self._next_layer - 1 if self._next_layer else 'none'}"
             )
-        self._check_rows("q", q, plan, None)
+        self._check_rows("q", q, plan)
         if scale is None:
             scale = self._core.layout.head_dim**-0.5
         if not self._chunks:
@@ -341,10 +341,14 @@ class Step:
             raise ClosedError("the step is not running: use it inside `with tm.step(...) as step:`")
         return self._plan
 
-    def _check_rows(self, name: str, tensor: torch.Tensor, plan: Plan, heads: int | None) -> None:
+    def _check_rows(self, name: str, tensor: torch.Tensor, plan: Plan) -> None:
         layout = self._core.layout
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: must be a torch.Tensor, not {type(tensor).__name__}")
+        what = (tensor.shape, tensor.dtype, tensor.device)
+        if self._checked.get(name) == what:
+            return  # as in the layer before
+        heads = None if name == "q" else layout.num_kv_heads
         if tensor.dtype != TORCH_DTYPES[layout.dtype]:
             raise TypeError(f"{name}.dtype={tensor.dtype}: must be {TORCH_DTYPES[layout.dtype]}")
         if tensor.device != self._core.hot.data.device:
@@ -356,3 +360,4 @@ class Step:
         fits = fits and (shape[1] == heads if heads else shape[1] % layout.num_kv_heads == 0)
         if not fits or shape[1] == 0:
             raise ValueError(f"{name} of shape {shape}: must be ({rows}, {wanted}, {dim})")
+        self._checked[name] = what
