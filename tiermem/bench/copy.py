@@ -13,6 +13,7 @@ import torch
 from tiermem.bench.copy_slowdown import measure_slow_down
 from tiermem.bench.result import GIGA, Ceiling, Parameters, Result, Subject, measured, rates
 from tiermem.bench.run import Run, Scale
+from tiermem.device.copy_measure import MeasurableDevice, measure_copies
 from tiermem.device.protocol import Addresses, Device, Direction, Memory, Stream
 from tiermem.errors import CorruptPageError
 from tiermem.measure.timing import time_device
@@ -56,6 +57,7 @@ def run(bench: Run) -> Iterator[Result]:
     ------
     ConfigError: no room for the buffers. CorruptPageError: bytes arrived wrong.
     """
+    _calibrate(bench)
     with CopyField(bench) as place:
         for pattern, targets in TARGETS.items():
             for piece, target in _pieces(bench, targets):
@@ -215,6 +217,14 @@ class CopyField:
                     f"copy {batch.way.value} of {len(dst)} pieces of {batch.piece} bytes: {wrong} of "
                     f"{len(wanted)} looked at did not arrive as they were"
                 )
+
+
+def _calibrate(bench: Run) -> None:
+    """Let ways of copying be chosen by rates of this run, as managers choose by those of `tiermem calibrate`."""
+    device = bench.device
+    if bench.scale is Scale.FULL and isinstance(device, MeasurableDevice):
+        bench.progress("copy: calibrating the ways of copying")
+        device.copy_rates = measure_copies(device)
 
 
 def _addresses(memory: Memory, slots: Slots, piece: int) -> Addresses:
