@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tiermem import calibration
+from tiermem._core import EngineKind
 from tiermem.calibration import (
     DAY_S,
     MAX_FILE_BYTES,
@@ -29,6 +30,7 @@ from tiermem.calibration import (
 from tiermem.device.copy_rates import CopyCase, CopyMethod, CopyRate, CopyRates
 from tiermem.device.protocol import Direction
 from tiermem.device.report import GpuInfo
+from tiermem.disk_rates import DiskOptions, DiskRate, DiskRates
 from tiermem.errors import ConfigError
 from tiermem.machine import Machine
 from tiermem.rates import Rates
@@ -41,6 +43,9 @@ MACHINE = Machine(
 COPIES = CopyRates((
     CopyRate(CopyCase(Direction.HOST_TO_DEVICE, False, 1 << 16, 1), CopyMethod.KERNEL, 51.0),
 ))  # fmt: skip
+DISK = DiskRates(
+    True, 4.5, 4.25, 2.0, (DiskRate(DiskOptions(EngineKind.THREADS, 1 << 20, 8), 4.4, 4.1),)
+)
 RATES = Rates(link_to_device=55.5e9, hbm_read=4.55e12, matmul=7e14, step_s=9.5e-5)
 
 
@@ -54,7 +59,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def made(**changes: Any) -> Calibration:
     values = {
         "machine": MACHINE, "made_s": NOW_S - DAY_S, "quick": False, "rates": RATES,
-        "disks": (DiskPlace("/mnt/ssd", 66, 4.5e9, 4e9, {"engine": "threads"}),), "copies": COPIES,
+        "disks": (DiskPlace("/mnt/ssd", 66, NOW_S - DAY_S, DISK),), "copies": COPIES,
     }  # fmt: skip
     return Calibration(**{**values, **changes})
 
@@ -186,9 +191,10 @@ def test_a_rate_that_cannot_be_spoils_the_file(key: str, value: object) -> None:
         lambda table: table.update(disks=[{}]),
         lambda table: table["disks"][0].update(path=""),
         lambda table: table["disks"][0].update(device_id=-1),
-        lambda table: table["disks"][0].update(read=0),
-        lambda table: table["disks"][0].update(write="fast"),
-        lambda table: table["disks"][0].update(details=[]),
+        lambda table: table["disks"][0].update(made_s=-1),
+        lambda table: table["disks"][0].update(rates=[]),
+        lambda table: table["disks"][0]["rates"].update(read_ceiling_gbs=0),
+        lambda table: table["disks"][0]["rates"]["rates"][0].update(depth=0),
         lambda table: table.update(disks=table["disks"] * 100),
         lambda table: table.update(copies=[]),
         lambda table: table["copies"].update(format=99),
@@ -291,15 +297,28 @@ def test_the_log_says_once_why_a_file_is_not_used(caplog: pytest.LogCaptureFixtu
 
 def test_a_disk_is_found_by_its_path_then_by_its_file_system(tmp_path: Path) -> None:
     device_id = tmp_path.stat().st_dev
-    other = DiskPlace("/elsewhere", device_id, 1e9, 1e9)
-    exact = DiskPlace(str(tmp_path / "store"), device_id, 2e9, 2e9)
-    foreign = DiskPlace(str(tmp_path / "third"), device_id + 1, 3e9, 3e9)
+    other = DiskPlace("/elsewhere", device_id, NOW_S, DISK)
+    exact = DiskPlace(str(tmp_path / "store"), device_id, NOW_S, DISK)
+    foreign = DiskPlace(str(tmp_path / "third"), device_id + 1, NOW_S, DISK)
     found = made(disks=(foreign, other, exact))
     assert found.disk_at(tmp_path / "store") == exact
     assert found.disk_at(tmp_path / "third") == other
     assert made(disks=(foreign,)).disk_at(tmp_path) is None
-    here = DiskPlace.at(tmp_path / "new", 1e9, 2e9)
+    here = DiskPlace.at(tmp_path / "new", NOW_S, DISK)
     assert (here.path, here.device_id) == (str(tmp_path / "new"), device_id)
+    assert (here.read, here.write) == (4.5e9, 4.25e9)
+
+
+def test_places_on_disks_are_kept_until_each_is_out_of_date() -> None:
+    first = made(disks=(DiskPlace("/a", 1, NOW_S, DISK), DiskPlace("/b", 2, NOW_S, DISK)))
+    later_s = NOW_S + 20 * DAY_S
+    again = made(made_s=later_s, disks=(DiskPlace("/a", 1, later_s, DISK),))
+    both = again.with_disks_of(first)
+    assert [(disk.path, disk.made_s) for disk in both.disks] == [("/a", later_s), ("/b", NOW_S)]
+    assert again.with_disks_of(None) == again
+    save(both)
+    assert load(MACHINE, later_s).calibration == both
+    assert load(MACHINE, NOW_S + 31 * DAY_S).calibration == again
 
 
 def test_this_machine_is_itself_and_reads_back() -> None:

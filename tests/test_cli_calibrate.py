@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cli_support import Cli, one_thread
 
+from tiermem._core import EngineKind
 from tiermem.bench import step_rates
 from tiermem.bench.step_rates import Reference
 from tiermem.cli import calibration_run
+from tiermem.disk_rates import DiskOptions, DiskRate, DiskRates, measure_disk
 from tiermem.errors import TransferError
 from tiermem.layout import PageLayout
 from tiermem.measure import ceilings
 from tiermem.measure.ceilings import Effort
 
 CPU = ("--device", "cpu")
+DISK = DiskRates(
+    True, 4.5, 4.25, 2.0, (DiskRate(DiskOptions(EngineKind.THREADS, 1 << 20, 8), 4.4, 4.1),)
+)
 TINY = Reference(PageLayout(1, 1, 16, "float32", 16), 2, 256, 32, 3)
 
 
@@ -33,6 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setattr(calibration_run, "FULL", Effort(1 << 22, 1 << 22, 2))
     monkeypatch.setattr(calibration_run, "ON_CPU", TINY)
     monkeypatch.setattr(calibration_run, "QUICK_FACTOR", 2)
+    monkeypatch.setattr(calibration_run, "measure_disk", lambda *_, **__: DISK)
     monkeypatch.setitem(ceilings.CPU_MATRIX_SIDE, 4, 64)
     with one_thread():
         yield
@@ -49,6 +56,8 @@ def test_what_is_measured_is_kept_shown_and_forgotten(cli: Cli, tmp_path: Path) 
     ):  # fmt: skip
         assert rates[name] > 0, name
     assert "kernel_s" not in rates  # a machine without a GPU has no graphs
+    assert [disk["path"] for disk in document["calibration"]["disks"]] == [str(tmp_path)]
+    assert document["calibration"]["copies"] is None  # one way only without a GPU
     assert document["problems"] == []
     assert all(seconds >= 0 for seconds in document["seconds"].values())
     assert Path(document["path"]).is_file()
@@ -57,6 +66,7 @@ def test_what_is_measured_is_kept_shown_and_forgotten(cli: Cli, tmp_path: Path) 
     text = cli("calibrate", *CPU, "--show").out
     for words in ("RAM to GPU", "GB/s", "FLOP/s", "measured with care", "used for another 30 d"):
         assert words in text, words
+    assert f"{tmp_path}  4.50 GB/s  4.25 GB/s" in text
     assert document["path"] in cli("calibrate", *CPU, "--forget").out
     assert (
         "no calibration of this machine: run `tiermem calibrate`"
@@ -80,6 +90,20 @@ def test_a_part_that_fails_costs_only_itself(cli: Cli, monkeypatch: pytest.Monke
     rates = found.json()["calibration"]["rates"]
     assert "decode_read" not in rates
     assert rates["ram_read"] > 0
+
+
+def test_a_disk_without_room_is_an_error_and_the_rest_is_kept(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(calibration_run, "measure_disk", measure_disk)
+    usage = SimpleNamespace(free=1 << 20, total=1 << 40)
+    monkeypatch.setattr("tiermem.disk_rates.shutil.disk_usage", lambda _path: usage)
+    found = cli("calibrate", *CPU, "--json", "--ssd-path", tmp_path / "new")
+    assert found.code == 1
+    assert "disk: " in found.err
+    assert "1048576 bytes are free" in found.err
+    assert found.json()["calibration"]["disks"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
 
 
 def test_damage_is_shown_and_a_new_measurement_mends_it(cli: Cli) -> None:

@@ -19,6 +19,7 @@ from tiermem.cli.checkup_text import checkup_lines
 from tiermem.cli.disk_probe import probe_disk
 from tiermem.cli.hardware_bounds import link_bound
 from tiermem.device.report import DeviceReport, GpuInfo
+from tiermem.disk_rates import DiskOptions, DiskRate, DiskRates
 from tiermem.machine import Machine
 from tiermem.rates import Rates
 
@@ -102,8 +103,10 @@ def test_measured_rates_are_shown_with_their_share_of_the_hardwares(
     (place / "current_link_width").write_text("16\n")
     monkeypatch.setattr(hardware_bounds, "link_bound", partial(link_bound, devices=tmp_path))
     rates = Rates(link_to_device=55.5e9, hbm_read=4.5e12, step_s=1e-4)
+    options = DiskOptions(_core.EngineKind.THREADS, 1 << 20, 8)
     machine = Machine.here(H200, 13020)
-    disks = (DiskPlace.at(tmp_path, 4.5e9, 4.3e9),)
+    disk = DiskRates(True, 4.5, 4.3, 2.0, (DiskRate(options, 4.4, 4.2),))
+    disks = (DiskPlace.at(tmp_path, time.time(), disk),)
     save(Calibration(machine, time.time() - 7200, False, rates, disks))
     text = cli("doctor").out
     for words in (

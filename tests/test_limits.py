@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiermem import PageLayout, TierConfig, TierManager, calibration
+from tiermem import PageLayout, TierConfig, TierManager, _core, calibration, store
+from tiermem._core import EngineKind
 from tiermem.calibration import Calibration, DiskPlace
 from tiermem.cli.manager_text import flow_table
 from tiermem.cli.snapshot import read_stats
@@ -17,6 +18,7 @@ from tiermem.device.copy_rates import CopyCase, CopyMethod, CopyRate, CopyRates
 from tiermem.device.cpu import CpuDevice
 from tiermem.device.protocol import Direction
 from tiermem.device.simulated import SimulatedDevice
+from tiermem.disk_rates import DiskOptions, DiskRate, DiskRates
 from tiermem.limits import calibration_of, route_limits
 from tiermem.machine import Machine
 from tiermem.measure.ceilings import Ceilings, Effort
@@ -24,6 +26,9 @@ from tiermem.pools import Tier
 from tiermem.rates import Rates
 from tiermem.stats import FlowStats
 
+THREADS = DiskOptions(EngineKind.THREADS, 1 << 20, 8)
+URING = DiskOptions(EngineKind.IO_URING, 1 << 20, 16)
+DISK = DiskRates(True, 4.0, 3.0, 2.0, (DiskRate(THREADS, 4.0, 3.0), DiskRate(URING, 4.0, 2.0)))
 RATES = Rates(link_to_device=50e9, link_to_host=40e9, hbm_copy=4e12)
 
 
@@ -33,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(path: Path) -> Calibration:
-    disk = DiskPlace.at(path, 4e9, 3e9)
+    disk = DiskPlace.at(path, time.time(), DISK)
     return Calibration(Machine.here(None), time.time(), False, RATES, (disk,))
 
 
@@ -55,6 +60,30 @@ def test_a_simulated_device_is_not_calibrated(tmp_path: Path) -> None:
     calibration.save(made(tmp_path))
     assert calibration_of(SimulatedDevice()) is None
     assert calibration_of(CpuDevice()) == calibration.load(Machine.here(None)).calibration
+
+
+@pytest.mark.parametrize(
+    ("engine", "wanted"), [("auto", THREADS), ("threads", THREADS), ("uring", URING)]
+)
+def test_the_disk_is_used_in_the_way_that_was_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, wanted: DiskOptions
+) -> None:
+    used = []
+
+    def open_engine(options: DiskOptions) -> _core.IoEngine:
+        used.append(options)
+        return _core.IoEngine(EngineKind.THREADS)
+
+    monkeypatch.setattr(store, "open_engine", open_engine)
+    layout = PageLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16)
+    config = TierConfig(
+        gpu="16KiB", ram=0, ssd="4MiB", ssd_path=tmp_path / "store", device="cpu", io_engine=engine
+    )
+    with TierManager(layout, config):
+        assert used == []  # nothing was measured
+    calibration.save(made(tmp_path))
+    with TierManager(layout, config):
+        assert used == [wanted]
 
 
 class ManyWays(CpuDevice):

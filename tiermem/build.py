@@ -16,6 +16,7 @@ from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, ProductMath
 from tiermem.config import AttentionMath, TierConfig
 from tiermem.core import Core
 from tiermem.device.protocol import Device, Memory
+from tiermem.disk_rates import DiskOptions
 from tiermem.errors import ConfigError
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
@@ -88,8 +89,10 @@ def build_core(
     )
 
 
-def open_store(layout: PageLayout, config: TierConfig) -> ColdStore | None:
-    """The SSD tier, or None where the configuration has none.
+def open_store(
+    layout: PageLayout, config: TierConfig, options: DiskOptions | None = None
+) -> ColdStore | None:
+    """The SSD tier, or None where the configuration has none; `options` as the disk was measured.
 
     Raises
     ------
@@ -105,7 +108,9 @@ def open_store(layout: PageLayout, config: TierConfig) -> ColdStore | None:
             f"ssd={config.ssd}: {format_bytes(wanted)} wanted, {free + have} bytes are free for "
             f"{str(config.ssd_path)!r}"
         )
-    return ColdStore(config.ssd_path, layout, wanted, config.io_engine.value, config.io_timeout_s)
+    return ColdStore(
+        config.ssd_path, layout, wanted, config.io_engine.value, config.io_timeout_s, options
+    )
 
 
 def _backend(layout: PageLayout, config: TierConfig, device: Device) -> AttentionBackend:

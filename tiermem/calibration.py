@@ -13,16 +13,17 @@ import stat
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from tiermem.configfile import parse_json
 from tiermem.device.copy_rates import CopyRates
+from tiermem.disk_rates import DiskRates
 from tiermem.errors import ConfigError
 from tiermem.fields import check_int, check_keys, check_number, check_text, refuse
 from tiermem.machine import Machine
-from tiermem.rates import RATE_RANGE, Rates
+from tiermem.rates import Rates
 from tiermem.version import VERSION
 
 FORMAT = 1
@@ -32,6 +33,9 @@ DAY_S = 86400.0
 CLOCK_SLACK_S = DAY_S
 """A file may come from so far in the future: clocks are set right now and then."""
 MAX_DISKS = 64
+GIGA = 1e9
+TIME_RANGE = (0.0, 1e11)
+"""Seconds since the epoch."""
 FIX = "run `tiermem calibrate`"
 _KEYS = ("format", "tiermem", "machine", "made_s", "quick", "rates", "disks", "copies")
 
@@ -40,36 +44,30 @@ log = logging.getLogger("tiermem")
 
 @dataclass(frozen=True, slots=True)
 class DiskPlace:
-    """What was measured in a directory: the best direct reads and writes of large blocks, bytes/s.
+    """What was measured in a directory, and when, seconds since the epoch.
 
-    device_id: of the file system, as the kernel numbers it. details: what else the disk's own measurement says,
-    in its own words.
+    device_id: of the file system, as the kernel numbers it.
     """
 
     path: str
     device_id: int
-    read: float
-    write: float
-    details: Mapping[str, object] | None = None
+    made_s: float
+    rates: DiskRates
 
     @classmethod
-    def at(
-        cls, path: Path, read: float, write: float, details: Mapping[str, object] | None = None
-    ) -> DiskPlace:
+    def at(cls, path: Path, made_s: float, rates: DiskRates) -> DiskPlace:
         """What was measured at `path`, which need not exist any more."""
-        return cls(str(path.absolute()), _device_id(path) or 0, read, write, details)
+        return cls(str(path.absolute()), _device_id(path) or 0, made_s, rates)
 
     @classmethod
     def from_table(cls, table: Mapping[str, object]) -> DiskPlace:
         """The place whose `to_table` gave `table`; ConfigError for a value that cannot be."""
-        check_keys(table, ("path", "device_id", "read", "write", "details"))
-        details = table.get("details")
+        check_keys(table, ("path", "device_id", "made_s", "rates"))
         return cls(
             path=check_text("path", table.get("path"), 4096),
             device_id=check_int("device_id", table.get("device_id"), 0, 2**64),
-            read=check_number("read", table.get("read"), *RATE_RANGE),
-            write=check_number("write", table.get("write"), *RATE_RANGE),
-            details=None if details is None else _table("details", details),
+            made_s=check_number("made_s", table.get("made_s"), *TIME_RANGE),
+            rates=DiskRates.from_dict(table.get("rates")),
         )
 
     def to_table(self) -> dict[str, object]:
@@ -77,16 +75,26 @@ class DiskPlace:
         return {
             "path": self.path,
             "device_id": self.device_id,
-            "read": self.read,
-            "write": self.write,
-            "details": None if self.details is None else dict(self.details),
+            "made_s": self.made_s,
+            "rates": self.rates.to_dict(),
         }
+
+    @property
+    def read(self) -> float:
+        """Bytes/s of the best direct reads of large blocks."""
+        return self.rates.read_ceiling_gbs * GIGA
+
+    @property
+    def write(self) -> float:
+        """Bytes/s of the best direct writes of large blocks."""
+        return self.rates.write_ceiling_gbs * GIGA
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """The figures of one machine. made_s: seconds since the epoch. quick: measured with less care.
 
+    disks: one for each place that was measured within the last 30 days, the latest first.
     copies: what each way of copying reached; None where there is one way only.
     """
 
@@ -108,6 +116,14 @@ class Calibration:
         here = [place for place in self.disks if place.device_id == device_id]
         exact = [place for place in here if place.path == str(path.absolute())]
         return next(iter(exact or here), None)
+
+    def with_disks_of(self, before: Calibration | None) -> Calibration:
+        """This one with the other places of an earlier one."""
+        if before is None:
+            return self
+        ours = {place.path for place in self.disks}
+        others = [place for place in before.disks if place.path not in ours]
+        return replace(self, disks=(*self.disks, *others)[:MAX_DISKS])
 
     def to_table(self) -> dict[str, object]:
         """What the file holds."""
@@ -166,17 +182,19 @@ def load(machine: Machine, now_s: float | None = None) -> Found:
     except ConfigError as error:
         return Found(None, problem=str(error))
     path = directory / f"calibration-{machine.key}.json"
+    now_s = time.time() if now_s is None else now_s
     try:
         _check_directory(directory)
         calibration = _parse(_read(path))
-        _check_applies(calibration, machine, time.time() if now_s is None else now_s)
+        _check_applies(calibration, machine, now_s)
     except FileNotFoundError:
         return Found(path)
     except OSError as error:
         return Found(path, problem=_ignored(path, f"it cannot be read: {error.strerror}"))
     except ConfigError as error:
         return Found(path, problem=_ignored(path, str(error)))
-    return Found(path, calibration)
+    fresh = [disk for disk in calibration.disks if now_s - disk.made_s <= VALID_DAYS * DAY_S]
+    return Found(path, replace(calibration, disks=tuple(fresh)))
 
 
 def load_logged(machine: Machine) -> Calibration | None:
@@ -274,7 +292,7 @@ def _parse(text: str) -> Calibration:
     copies = table.get("copies")
     return Calibration(
         machine=Machine.from_table(_table("machine", table.get("machine"))),
-        made_s=check_number("made_s", table.get("made_s"), 0, 1e11),
+        made_s=check_number("made_s", table.get("made_s"), *TIME_RANGE),
         quick=table.get("quick") is True,
         rates=Rates.from_table(_table("rates", table.get("rates"))),
         disks=_disks(table.get("disks")),

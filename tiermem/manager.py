@@ -18,7 +18,7 @@ from tiermem.device.discovery import open_device
 from tiermem.device.protocol import Device
 from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.layout import PageLayout
-from tiermem.limits import calibration_of, route_limits, use_best_copies
+from tiermem.limits import calibration_of, disk_options, route_limits, use_best_copies
 from tiermem.pools import VALID, Ids, Tier
 from tiermem.pressure import Pressure
 from tiermem.resident import ResidentPool
@@ -75,7 +75,7 @@ class TierManager:
             made = calibration_of(self._device)
             use_best_copies(self._device, made)
             self._limits = route_limits(made, config.ssd_path)
-            self._store = open_store(layout, config)
+            self._store = open_store(layout, config, disk_options(made, config))
             self._core = build_core(
                 layout, config, model_id, shard, self._device, self._store, self._seal_idle
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +12,16 @@ from pathlib import Path
 
 from tiermem import calibration
 from tiermem.bench.step_rates import ON_CPU, ON_GPU, measure_steps
-from tiermem.calibration import Calibration, Found
+from tiermem.calibration import Calibration, DiskPlace, Found
 from tiermem.cli.calibration_text import calibration_lines
+from tiermem.cli.disk_probe import nearest_directory
 from tiermem.cli.notes import Progress, note
 from tiermem.cli.screen import terminal_width
 from tiermem.device.copy_measure import measure_copies
 from tiermem.device.copy_rates import CopyRates
 from tiermem.device.discovery import choose, open_device, survey
+from tiermem.device.host import host_free_bytes
+from tiermem.disk_rates import LEAST_BYTES, measure_disk
 from tiermem.errors import TierMemError
 from tiermem.machine import Machine
 from tiermem.measure.ceilings import FULL, QUICK, Ceilings
@@ -30,6 +34,18 @@ QUICK_FACTOR = 4
 """How many times shorter the context of a quick measurement is."""
 
 
+@dataclass(frozen=True, slots=True)
+class DiskEffort:
+    """At most so many bytes of disk and memory, and about so long."""
+
+    num_bytes: int
+    seconds: float
+
+
+DISK = DiskEffort(4 << 30, 12.0)
+QUICK_DISK = DiskEffort(512 << 20, 2.0)
+
+
 @dataclass
 class Run:
     """One measurement of a machine: what is found piece by piece, and what went wrong."""
@@ -39,6 +55,7 @@ class Run:
     quick: bool
     rates: Rates = field(default_factory=Rates)
     copies: CopyRates | None = None
+    disks: tuple[DiskPlace, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -60,6 +77,7 @@ class Run:
             ("memory and link", self._measure_ceilings),
             ("ways to copy", self._measure_copies),
             ("attention and steps", self._measure_steps),
+            ("disk", self._measure_disk),
         ]
 
     def _measure_ceilings(self) -> None:
@@ -78,6 +96,14 @@ class Run:
             device.close()
         self.copies = found if found.rows else None
 
+    def _measure_disk(self) -> None:
+        place = nearest_directory(self.ssd_path)
+        effort = QUICK_DISK if self.quick else DISK
+        free = min(shutil.disk_usage(place).free // 2, host_free_bytes() // 8)
+        num_bytes = max(min(effort.num_bytes, free), LEAST_BYTES)
+        found = measure_disk(place, num_bytes=num_bytes, seconds=effort.seconds)
+        self.disks = (DiskPlace.at(self.ssd_path, time.time(), found),)
+
     def _measure_steps(self) -> None:
         reference = ON_GPU if self.device.startswith("cuda") else ON_CPU
         if self.quick:
@@ -93,7 +119,9 @@ def measure_and_keep(device: str, ssd_path: Path | None, *, quick: bool, as_json
     name = device_name(choose(device, survey()))
     run = Run(name, place, quick)
     run.measure()
-    made = Calibration(_machine(device), time.time(), quick, run.rates, copies=run.copies)
+    machine = _machine(device)
+    made = Calibration(machine, time.time(), quick, run.rates, run.disks, run.copies)
+    made = made.with_disks_of(calibration.load(machine).calibration)
     path = calibration.save(made)
     _show(Found(path, made), as_json, seconds=run.seconds, problems=run.problems)
     for problem in run.problems:
