@@ -1,0 +1,305 @@
+"""Every way of copying moves the right bytes, on a fake CUDA; what is missing is done without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import fake_cuda
+import numpy as np
+import pytest
+import torch
+from copy_cases import LAYOUTS, SIZES, Layout, check_bytes
+from fake_cuda import FakeCuda
+
+from tiermem.device import Direction, copy_measure, cuda_copies, host
+from tiermem.device.copy_measure import CopyPlan, measure_copies
+from tiermem.device.copy_rates import CopyMethod, CopyRates
+from tiermem.device.cpu import CpuDevice
+from tiermem.device.cuda_device import CudaDevice
+from tiermem.device.simulated import SimulatedDevice
+from tiermem.errors import ConfigError, TransferError
+
+UP, DOWN, WITHIN = Direction.HOST_TO_DEVICE, Direction.DEVICE_TO_HOST, Direction.DEVICE_TO_DEVICE
+KIB = 1 << 10
+PAGE = 512
+OUT_OF_MEMORY = 2
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return fake_cuda.install(monkeypatch, FakeCuda())
+
+
+@pytest.fixture
+def device(fake: FakeCuda) -> Iterator[CudaDevice]:
+    opened = CudaDevice(0)
+    yield opened
+    fake.failing.clear()
+    opened.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("method", CopyMethod)
+def test_every_method_moves_the_bytes(
+    device: CudaDevice, method: CopyMethod, size: int, layout: Layout
+) -> None:
+    device.copy_method = method
+    check_bytes(device, size, layout, [UP, DOWN, WITHIN])
+
+
+@pytest.mark.parametrize("size", [1, 4096, 5 << 20])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_host_alone_moves_the_bytes(size: int, layout: Layout) -> None:
+    device = CpuDevice()
+    check_bytes(device, size, layout, [UP, DOWN, WITHIN])
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "used", "unused"),
+    [
+        (CopyMethod.SINGLE, {"cuMemcpyAsync"}, {"cuMemcpyBatchAsync", "cuLaunchKernel"}),
+        (CopyMethod.BATCH, {"cuMemcpyBatchAsync"}, {"cuMemcpyAsync", "cuLaunchKernel"}),
+        (CopyMethod.RUNS, {"cuLaunchKernel", "cuMemcpyAsync"}, {"cuMemcpyBatchAsync"}),
+        (CopyMethod.KERNEL, {"cuLaunchKernel"}, {"cuMemcpyAsync", "cuMemcpyBatchAsync"}),
+    ],
+)
+def test_a_forced_method_is_the_one_used(
+    fake: FakeCuda, device: CudaDevice, method: CopyMethod, used: set[str], unused: set[str]
+) -> None:
+    device.copy_method = method
+    hot, memory = device.allocate(64 * KIB), device.allocate_host(64 * KIB)
+    stream = device.new_stream()
+    src = memory.address + np.arange(40, dtype=np.int64) * PAGE
+    dst = hot.address + np.arange(40, dtype=np.int64) * 2 * PAGE
+    fake.calls.clear()
+    device.copy(UP, dst, src, PAGE, stream)
+    assert all(fake.calls[name] for name in used)
+    assert not any(fake.calls[name] for name in unused)
+
+
+def test_rates_choose_the_method_by_size_and_runs(fake: FakeCuda, device: CudaDevice) -> None:
+    table = {
+        "format": 1,
+        "rows": [
+            {"direction": "h2d", "busy": False, "piece_bytes": size, "run_length": run,
+             "method": method, "gb_per_s": 1}
+            for size, run, method in ((512, 1, "kernel"), (512, 16, "runs"), (8192, 1, "batch"))
+        ],
+    }  # fmt: skip
+    device.copy_rates = CopyRates.from_dict(table)
+    hot, memory = device.allocate(1 << 20), device.allocate_host(1 << 20)
+    stream = device.new_stream()
+
+    def used(size: int, step: int) -> set[str]:
+        src = memory.address + np.arange(16, dtype=np.int64) * step
+        dst = hot.address + np.arange(16, dtype=np.int64) * 4 * size
+        fake.calls.clear()
+        device.copy(UP, dst, src, size, stream)
+        return {name for name in ("cuMemcpyBatchAsync", "cuLaunchKernel") if fake.calls[name]}
+
+    assert used(512, 1024) == {"cuLaunchKernel"}
+    assert fake.calls["cuStreamWaitEvent"] == 0
+    assert used(512, 512) == {"cuLaunchKernel"}
+    assert fake.calls["cuStreamWaitEvent"] > 0
+    assert used(8192, 16384) == {"cuMemcpyBatchAsync"}
+
+
+def test_streams_of_others_get_no_batches_and_no_staging(
+    fake: FakeCuda, device: CudaDevice
+) -> None:
+    hot, memory = device.allocate(64 * KIB), device.allocate_host(64 * KIB)
+    device.new_stream()
+    for method in CopyMethod:
+        device.copy_method = method
+        fake.calls.clear()
+        src = memory.address + np.arange(9, dtype=np.int64) * PAGE
+        dst = hot.address + np.arange(9, dtype=np.int64) * 2 * PAGE
+        device.copy(UP, dst, src, PAGE, device.compute_stream())
+        assert fake.calls["cuMemcpyBatchAsync"] == fake.calls["cuEventRecord"] == 0
+        assert fake.calls["cuMemcpyAsync"] == (0 if method is CopyMethod.KERNEL else 9)
+
+
+@pytest.mark.parametrize("missing", ["compiler", "batches", "staging"])
+@pytest.mark.parametrize("method", CopyMethod)
+def test_what_is_missing_is_done_without(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch, missing: str, method: CopyMethod
+) -> None:
+    fake.has_compiler = missing != "compiler"
+    fake.has_batch = missing != "batches"
+    if missing == "staging":
+        monkeypatch.setattr(cuda_copies, "STAGE_BYTES", fake.total_bytes)
+    device = CudaDevice(0)
+    device.copy_method = method
+    check_bytes(device, 4096, LAYOUTS[1], [UP, DOWN, WITHIN])
+    device.close()
+    assert not fake.streams | fake.events | fake.modules
+    assert not fake.device_memory
+
+
+def test_an_old_gpu_gets_the_kernel_for_any_pieces(fake: FakeCuda) -> None:
+    fake.capability = (7, 5)
+    device = CudaDevice(0)
+    device.copy_method = CopyMethod.KERNEL
+    check_bytes(device, 4096, LAYOUTS[0], [UP, DOWN])
+    assert fake.calls["cuFuncSetAttribute"] == 0
+    device.close()
+
+
+@pytest.mark.parametrize("method", CopyMethod)
+def test_copies_reach_over_the_pieces_that_host_memory_was_pinned_in(
+    fake: FakeCuda, device: CudaDevice, monkeypatch: pytest.MonkeyPatch, method: CopyMethod
+) -> None:
+    monkeypatch.setattr(host, "PIECE_BYTES", 16 * KIB)
+    device.copy_method = method
+    size = 50 * KIB
+    memory, hot = device.allocate_host(size), device.allocate(size)
+    assert sorted(fake.pinned.values()) == [4 * KIB, 16 * KIB, 16 * KIB, 16 * KIB]
+    assert memory.tensor.untyped_storage().nbytes() >= size
+    data = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    memory.tensor.copy_(data)
+    stream = device.new_stream()
+    for step in (size, 5000, 700):
+        hot.tensor.zero_()
+        starts = np.arange(0, size, step, dtype=np.int64)
+        sizes = np.minimum(step, size - starts)
+        device.copy(UP, hot.address + starts, memory.address + starts, sizes, stream)
+        assert torch.equal(hot.tensor, data)
+        memory.tensor.zero_()
+        device.copy(DOWN, memory.address + starts, hot.address + starts, sizes, stream)
+        assert torch.equal(memory.tensor, data)
+    memory.free()
+    assert not fake.pinned
+
+
+def test_pinning_tells_how_far_it_is(device: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "PIECE_BYTES", 16 * KIB)
+    seen: list[tuple[int, int]] = []
+    for opened in (device, CpuDevice()):
+        seen.clear()
+        opened.allocate_host(40 * KIB, progress=lambda *numbers: seen.append(numbers))
+        assert seen == [(16 * KIB, 40 * KIB), (32 * KIB, 40 * KIB), (40 * KIB, 40 * KIB)]
+
+
+def test_a_piece_that_cannot_be_pinned_undoes_all_of_them(
+    fake: FakeCuda, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "PIECE_BYTES", 16 * KIB)
+    pin = fake.cudaHostRegister
+
+    def refuse_the_third(address: int, num_bytes: int, flags: int) -> tuple[Any, ...]:
+        return (OUT_OF_MEMORY,) if len(fake.pinned) == 2 else pin(address, num_bytes, flags)
+
+    monkeypatch.setattr(fake, "cudaHostRegister", refuse_the_third)
+    text = (
+        rf"pin {80 * KIB} bytes.*refused after {32 * KIB} bytes \(cudaHostRegister: .*free.*locked"
+    )
+    with pytest.raises(ConfigError, match=text):
+        device.allocate_host(80 * KIB)
+    assert not fake.pinned
+
+
+def test_a_piece_that_cannot_be_unpinned_does_not_keep_the_others(
+    fake: FakeCuda, device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "PIECE_BYTES", 16 * KIB)
+    memory = device.allocate_host(48 * KIB)
+    unpin, last = fake.cudaHostUnregister, max(fake.pinned)
+
+    def refuse_the_last(address: int) -> tuple[Any, ...]:
+        return (1,) if address == last else unpin(address)
+
+    monkeypatch.setattr(fake, "cudaHostUnregister", refuse_the_last)
+    with pytest.raises(TransferError, match="cudaHostUnregister"):
+        memory.free()
+    assert set(fake.pinned) == {last}
+
+
+@pytest.mark.parametrize("method", CopyMethod)
+def test_after_a_refused_batch_the_next_one_goes_through(
+    fake: FakeCuda, device: CudaDevice, method: CopyMethod
+) -> None:
+    device.copy_method = method
+    hot, memory = device.allocate(64 * KIB), device.allocate_host(64 * KIB)
+    stream = device.new_stream()
+    src = memory.address + np.arange(40, dtype=np.int64) * PAGE
+    dst = hot.address + np.arange(40, dtype=np.int64) * 2 * PAGE
+    for name in ("cuMemcpyAsync", "cuLaunchKernel", "cuEventRecord"):
+        fake.failing[name] = 700
+        fake.calls.clear()
+        try:
+            device.copy(UP, dst, src, PAGE, stream)
+        except TransferError as error:
+            assert f"{name}: cudaErrorIllegalAddress" in str(error)  # noqa: PT017
+            assert fake.calls["cudaStreamSynchronize"] == 3
+        fake.failing.clear()
+        memory.tensor.random_(0, 256)
+        device.copy(UP, dst, src, PAGE, stream)
+        wanted = memory.tensor[: 40 * PAGE].view(40, PAGE)
+        assert torch.equal(hot.tensor[: 80 * PAGE].view(40, 2 * PAGE)[:, :PAGE], wanted)
+
+
+def test_measuring_tries_every_method_in_every_case(
+    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_measure, "FINE", CopyPlan((1024, 4096), (1, 8), 64 * KIB, 1))
+    monkeypatch.setattr(copy_measure, "MIN_TOTAL_BYTES", 64 * KIB)
+    device.copy_method = CopyMethod.SINGLE
+    rates = measure_copies(device, seconds=1)
+    assert device.copy_method is CopyMethod.SINGLE
+    found = {
+        (r.case.direction, r.case.busy, r.case.piece_bytes, r.case.run_length): set(
+            rates.of(r.case)
+        )
+        for r in rates.rows
+    }
+    assert len(found) == 2 * 2 * 2 * 2 + 2
+    for (direction, _, _, run_length), methods in found.items():
+        wanted = {CopyMethod.BATCH, CopyMethod.KERNEL}
+        if run_length > 1 and direction is not WITHIN:
+            wanted.add(CopyMethod.RUNS)
+        assert methods == wanted
+    assert all(row.gb_per_s > 0 for row in rates.rows)
+    assert CopyRates.from_dict(rates.to_dict()) == rates
+
+
+def test_the_first_stream_measures_once_for_all_devices_of_a_kind(
+    fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_measure, "_measured", {})
+    monkeypatch.setattr(copy_measure, "COARSE", CopyPlan((4096,), (1,), 16 * KIB, 1))
+    first = CudaDevice(0)
+    assert first.copy_rates is None
+    first.new_stream()
+    assert first.copy_rates is not None
+    assert len(first.copy_rates.rows) == 10
+    first.close()
+    again = CudaDevice(1)
+    fake.calls.clear()
+    again.new_stream()
+    assert again.copy_rates is first.copy_rates
+    assert fake.calls["cuMemcpyBatchAsync"] == 0
+    given = CudaDevice(1, CopyRates())
+    given.new_stream()
+    assert given.copy_rates == CopyRates()
+    for device in (again, given):
+        device.close()
+
+
+def test_devices_with_one_way_of_copying_have_no_rates() -> None:
+    for device in (CpuDevice(), SimulatedDevice()):
+        assert measure_copies(device) == CopyRates()
+        device.close()
+
+
+def test_without_room_for_buffers_nothing_is_measured(fake: FakeCuda, device: CudaDevice) -> None:
+    device.allocate(fake.total_bytes - (1 << 20))
+    assert measure_copies(device) == CopyRates()
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_no_time_is_an_error(device: CudaDevice, seconds: float) -> None:
+    with pytest.raises(ValueError, match="seconds="):
+        measure_copies(device, seconds=seconds)
