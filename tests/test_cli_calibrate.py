@@ -64,7 +64,7 @@ def test_what_is_measured_is_kept_shown_and_forgotten(cli: Cli, tmp_path: Path) 
     shown = cli("calibrate", *CPU, "--show", "--json").json()
     assert shown["calibration"] == document["calibration"]
     text = cli("calibrate", *CPU, "--show").out
-    for words in ("RAM to GPU", "GB/s", "FLOP/s", "measured with care", "used for another 30 d"):
+    for words in ("RAM to device", "GB/s", "FLOP/s", "measured with care", "used for another 30 d"):
         assert words in text, words
     assert f"{tmp_path}  4.50 GB/s  4.25 GB/s" in text
     assert document["path"] in cli("calibrate", *CPU, "--forget").out

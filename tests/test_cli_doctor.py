@@ -110,7 +110,7 @@ def test_measured_rates_are_shown_with_their_share_of_the_hardwares(
     save(Calibration(machine, time.time() - 7200, False, rates, disks))
     text = cli("doctor").out
     for words in (
-        "RAM to GPU", "55.5 GB/s", "88.1%", "4,500 GB/s", "100 µs", "4.50 GB/s",
+        "RAM to device", "55.5 GB/s", "88.1%", "4,500 GB/s", "100 µs", "4.50 GB/s",
         "measured with care 2 h 0 min ago",
     ):  # fmt: skip
         assert words in text, words

@@ -77,7 +77,7 @@ def test_the_text_has_the_sums(cli: Cli) -> None:
     for words in (
         "fits: 33b in fp16, 131,072 tokens on NVIDIA H200", "weights in GPU memory", "253,952 bytes",
         "33.3 GB", "most sequences of 131,072", "how a step of", "66.2 GB at", "62 layers x",
-        "limited by reading GPU memory",
+        "limited by reading device memory",
     ):  # fmt: skip
         assert words in text, words
     streaming = cli(*H200, "--gpu", "8GiB", "--ram", "16GiB").out

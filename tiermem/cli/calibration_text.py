@@ -15,11 +15,11 @@ from tiermem.cli.table import Align, Table
 from tiermem.rates import Rates
 
 _BYTES = (
-    ("link_to_device", "RAM to GPU"),
-    ("link_to_host", "GPU to RAM"),
+    ("link_to_device", "RAM to device"),
+    ("link_to_host", "device to RAM"),
     ("link_both", "both at once"),
-    ("hbm_read", "GPU memory, read"),
-    ("hbm_copy", "GPU memory, copy"),
+    ("hbm_read", "device memory, read"),
+    ("hbm_copy", "device memory, copy"),
     ("ram_read_one", "RAM, read by 1 thread"),
     ("ram_read", "RAM, read by all"),
     ("ram_copy", "RAM, copied by all"),

@@ -13,8 +13,9 @@ from tiermem.forecast.weights import BITS, bytes_read, num_parameters
 from tiermem.model_shape import ModelShape
 
 TEXT_WIDTH = 112
+WEIGHT_PLACES = {"gpu": "GPU memory", "ram": "host memory"}
 LIMITS = {
-    Limit.HBM: "reading GPU memory",
+    Limit.HBM: "reading device memory",
     Limit.COMPUTE: "matrix products",
     Limit.LAUNCH: "launching kernels",
     Limit.LINK: "the link to the GPU",
@@ -54,7 +55,7 @@ def _verdict(found: Forecast) -> Iterator[str]:
         best = found.modes[0]
         tiers = [tier.name.upper() for tier in budget.tiers if tier.kv_bytes]
         yield (
-            f"fits: {what} on {where}: weights in {budget.weights_tier.upper()} memory, "
+            f"fits: {what} on {where}: weights in {WEIGHT_PLACES[budget.weights_tier]}, "
             f"K and V in the tiers {' and '.join(tiers)}"
         )
         yield f"{best.tokens_per_s:.3g} tokens/s predicted, limited by {LIMITS[best.limit]}"
