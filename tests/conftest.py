@@ -14,10 +14,11 @@ settings.load_profile("tiermem")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Snapshots of this process' managers stay out of the user's, and of those of tests beside it."""
+def _own_directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Snapshots and calibrations of this process stay out of the user's, and of those of tests beside it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIERMEM_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        patch.setenv("TIERMEM_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

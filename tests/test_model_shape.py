@@ -32,6 +32,7 @@ SMALL: dict[str, object] = {
     ("name", "token_bytes", "weight_gb"),
     [
         ("7b", 524_288, 13.5),
+        ("8b", 131_072, 16.1),
         ("13b", 819_200, 26.0),
         ("33b", 253_952, 66.7),
         ("33b-mha", 1_597_440, 65.1),
@@ -49,7 +50,7 @@ def test_shipped_shapes(name: str, token_bytes: int, weight_gb: float) -> None:
 
 
 def test_every_shipped_shape_has_sizes_that_a_config_takes() -> None:
-    assert sorted(model_profiles()) == ["13b", "33b", "33b-mha", "70b", "7b"]
+    assert sorted(model_profiles()) == ["13b", "33b", "33b-mha", "70b", "7b", "8b"]
     for name in model_profiles():
         shape = ModelShape.from_profile(name)
         tiers = shape.tiers

@@ -85,7 +85,7 @@ class ModelShape:
 
     @classmethod
     def from_profile(cls, name: str) -> ModelShape:
-        """The shipped model profile `name` ("7b", "13b", "33b", "33b-mha", "70b")."""
+        """The shipped model profile `name` ("7b", "8b", "13b", "33b", "33b-mha", "70b")."""
         return cls.load(find_profile(name, model_profiles()))
 
     @classmethod

@@ -43,7 +43,7 @@ def add_parser(commands: Commands[CommandParser]) -> None:
         "--model",
         required=True,
         metavar="NAME",
-        help="a shape of configs/models (7b, 13b, 33b, 33b-mha, 70b, ...) or a directory with config.json",
+        help="a shape of configs/models (7b, 8b, 13b, 33b, 33b-mha, 70b) or a directory with config.json",
     )
     parser.add_argument(
         "--context",
