@@ -6,6 +6,7 @@
 void bind_page_table(nanobind::module_& module);
 void bind_prefix_index(nanobind::module_& module);
 void bind_io(nanobind::module_& module);
+void bind_raw_disk(nanobind::module_& module);
 void bind_fault_ops(nanobind::module_& module);
 void bind_checksum(nanobind::module_& module);
 void bind_copies(nanobind::module_& module);

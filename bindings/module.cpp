@@ -33,6 +33,7 @@ NB_MODULE(_core, module) {
   bind_prefix_index(module);
   bind_fault_ops(module);
   bind_io(module);
+  bind_raw_disk(module);
   bind_checksum(module);
   bind_copies(module);
 }

@@ -106,14 +106,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "forecast": {"errors", "layout", "config"},
     "measure": {"native", "errors", "layout", "config", "device", "attention", "pools", "store"},
     "bench": _MANAGER | {"manager", "measure", "forecast", "package", "integrations"},
-    "cli": _MANAGER | {"manager", "measure", "forecast", "bench", "package", "service", "integrations"},
+    "cli": _MANAGER
+    | {"manager", "measure", "forecast", "bench", "package", "service", "integrations"},
 }
 
 # What comes from outside -> the modules or packages that alone may import it.
 RESERVED = {
     "cuda": ["tiermem.device.cuda"],
     "cupy": [],
-    "lmdb": ["tiermem.store_files", "tiermem.cli"],
+    "lmdb": ["tiermem.store", "tiermem.store_files", "tiermem.cli"],
     "triton": ["tiermem.attention.kernels"],
     "transformers": ["tiermem.integrations", "tiermem.cli"],
     "threading": ["tiermem.service"],

@@ -526,6 +526,31 @@ class IoEngine:
     def __enter__(self) -> IoEngine: ...
     def __exit__(self, *exception: object) -> None: ...
 
+class IoDirection(enum.Enum):
+    """Which way bytes go."""
+
+    READ = 0
+    WRITE = 1
+
+def raw_disk_rate(
+    file: BlockFile,
+    address: int,
+    num_bytes: int,
+    *,
+    direction: IoDirection,
+    kind: EngineKind,
+    num_at_once: int,
+    piece_bytes: int,
+    seconds: float,
+) -> float:
+    """Bytes a second of a plain loop over a file: the ceiling that an `IoEngine` is measured against.
+
+    `num_at_once` threads with pread or pwrite, or one io_uring of that depth, move pieces in the order
+    of their offsets between the file and `num_bytes` of memory, for `seconds`. Direct I/O if the file
+    has it. Raises OSError for a transfer that fails or is short, and where io_uring is refused;
+    ValueError for numbers that cannot be. Releases the GIL.
+    """
+
 # -- Checksum -------------------------------------------------------------------------------------
 
 class ChecksumPath(enum.Enum):
@@ -593,7 +618,7 @@ class CopyKernel:
 class CopyKernels:
     """A kernel for any pieces, and one for addresses and sizes that are multiples of 16."""
 
-    def __init__(self, *, any: CopyKernel, aligned: CopyKernel) -> None: ...
+    def __init__(self, *, any: CopyKernel, aligned: CopyKernel) -> None: ...  # noqa: A002
 
 @final
 class CopyStaging:
@@ -636,7 +661,12 @@ class CopyEngine:
         """Set the ascending addresses over which no copy may reach."""
 
     def submit(
-        self, direction: int, dst: Int64s, src: Int64s, num_bytes: Int64s, stream: int,
+        self,
+        direction: int,
+        dst: Int64s,
+        src: Int64s,
+        num_bytes: Int64s,
+        stream: int,
         owner: StreamOwner,
     ) -> tuple[str, int] | None:
         """Give `stream` the pieces; the refused call's name and CUDA's code, or None.
@@ -651,9 +681,7 @@ class MemoryToucher:
     The memory must stay mapped until `stop` has returned or the object is gone.
     """
 
-    def __init__(
-        self, address: int, num_bytes: int, *, value: int, num_threads: int
-    ) -> None: ...
+    def __init__(self, address: int, num_bytes: int, *, value: int, num_threads: int) -> None: ...
     def wait(self, num_bytes: int) -> None:
         """Wait, without the GIL, until the first `num_bytes` bytes are set."""
 

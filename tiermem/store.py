@@ -13,39 +13,43 @@ again. Slots without an entry are free at the next start.
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import mmap
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
+from tiermem.disk_rates import DiskOptions, open_engine
 from tiermem.errors import ConfigError, TransferError
 from tiermem.layout import PageLayout
+from tiermem.store_files import (
+    INDEX_BYTES,
+    INDEX_BYTES_PER_SLOT,
+    check_or_write_header,
+    claim,
+    open_index,
+    open_slots,
+)
 from tiermem.store_format import (
     KEY_BYTES,
-    MAX_HEADER_BYTES,
     TRAILER_BYTES,
     Entry,
     PageName,
-    check_header,
-    pack_header,
-    pack_trailer,
-    parse_trailer,
+    pack_trailers,
+    parse_trailers,
 )
+from tiermem.store_transfer import Int64s as _Int64s
+from tiermem.store_transfer import StoreTransfer, finish, parts_of
 
-_Int64s = NDArray[np.int64]
+__all__ = ["INDEX_BYTES", "INDEX_BYTES_PER_SLOT", "ColdStore", "StoreTransfer", "StoredPages"]
 
-INDEX_BYTES = 256 * 1024
-INDEX_BYTES_PER_SLOT = 512
-"""Of the cap, set aside for LMDB: its own pages, and two copies of a B-tree page while it changes."""
+log = logging.getLogger("tiermem")
 
 ENGINE_KINDS = {
     "auto": _core.EngineKind.AUTO,
@@ -74,6 +78,8 @@ class ColdStore:
     cap_bytes: what the directory may take on the disk, index included.
     io_engine: "auto", "uring" or "threads".
     timeout_s: deadline of one wait for reads or writes, seconds.
+    options: how the engine moves bytes, as measured on this disk, in place of `io_engine`; without it, and
+        where the kernel refuses what was measured, the engine's own choice.
 
     Raises
     ------
@@ -82,7 +88,13 @@ class ColdStore:
     """
 
     def __init__(
-        self, path: str | Path, layout: PageLayout, cap_bytes: int, io_engine: str, timeout_s: float
+        self,
+        path: str | Path,
+        layout: PageLayout,
+        cap_bytes: int,
+        io_engine: str,
+        timeout_s: float,
+        options: DiskOptions | None = None,
     ) -> None:
         self.path = Path(path)
         self.layout = layout
@@ -94,15 +106,15 @@ class ColdStore:
             raise ConfigError(
                 f"ssd={cap_bytes}: one page and its index take at least {least} bytes"
             )
-        self._lock = _claim(self.path)
+        self._lock = claim(self.path)
         try:
-            _check_or_write_header(self.path, layout)
-            self._file = _open_slots(self.path / "slots", self.slot_stride * self.num_slots)
-            self._index = _open_index(self.path / "index", self.num_slots)
+            check_or_write_header(self.path, layout)
+            self._file = open_slots(self.path / "slots", self.slot_stride * self.num_slots)
+            self._index = open_index(self.path / "index", self.num_slots)
         except BaseException:
             os.close(self._lock)
             raise
-        self._engine = _core.IoEngine(kind=ENGINE_KINDS[io_engine])
+        self._engine = _open_engine(ENGINE_KINDS[io_engine], options)
         self._generations = np.zeros(self.num_slots, dtype=np.uint64)
         self._roots = np.zeros(self.num_slots, dtype=np.uint64)
         self._published = np.zeros(self.num_slots, dtype=np.bool_)
@@ -124,25 +136,32 @@ class ColdStore:
 
         The memory must stay unchanged until the transfer has ended. Nothing is visible before `publish`.
         """
-        sums = _core.checksum_pages(addresses, self.layout.layer_bytes, self.layout.num_layers)
-        tails = self._make_trailers(slots, names, sums)
-        ticket = self._engine.submit_write(*self._operations(slots, addresses, tails))
-        return StoreTransfer(self._engine, ticket, slots, addresses, tails, self.timeout_s)
+        tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
+        transfer = StoreTransfer(self._engine, slots, addresses, tails, self.timeout_s)
+        for places in parts_of(slots, self.layout.slot_bytes):
+            self._fill_trailers(tails, places, slots, names, self._sums_at(addresses[places]))
+            operations = self._operations(slots, addresses, tails, places)
+            transfer.add_part(self._engine.submit_write(*operations), places)
+        return transfer
 
     def read(self, slots: _Int64s, addresses: _Int64s) -> StoreTransfer:
         """Start reading the pages in `slots` to `addresses`; they are data only after `verify`."""
         tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
-        ticket = self._engine.submit_read(*self._operations(slots, addresses, tails))
-        return StoreTransfer(self._engine, ticket, slots, addresses, tails, self.timeout_s)
+
+        def check(places: _Int64s) -> NDArray[np.bool_]:
+            stored, same = self._parse_tails(slots[places], _rows(tails)[places])
+            equal: NDArray[np.bool_] = (stored == self._sums_at(addresses[places])).all(axis=1)
+            return same & equal
+
+        transfer = StoreTransfer(self._engine, slots, addresses, tails, self.timeout_s, check)
+        for places in parts_of(slots, self.layout.slot_bytes):
+            operations = self._operations(slots, addresses, tails, places)
+            transfer.add_part(self._engine.submit_read(*operations), places)
+        return transfer
 
     def verify(self, transfer: StoreTransfer) -> NDArray[np.bool_]:
         """Which pages of an ended read are the very bytes that were written there."""
-        layout = self.layout
-        sums = _core.checksum_pages(transfer.addresses, layout.layer_bytes, layout.num_layers)
-        good = np.zeros(len(transfer.slots), dtype=np.bool_)
-        for i, slot in enumerate(transfer.slots):
-            stored = self._parse_tail(int(slot), transfer.tails, i)
-            good[i] = stored is not None and np.array_equal(stored, sums[i])
+        good = transfer.intact()
         self.num_corrupt += int((~good).sum())
         return good
 
@@ -151,36 +170,45 @@ class ColdStore:
     def read_slices(self, slots: _Int64s, layer: int, addresses: _Int64s) -> NDArray[np.bool_]:
         """Read `layer` of the pages in `slots` to `addresses` and wait; which of them are intact."""
         self._load_layer_sums(slots)
-        offsets = slots * self.slot_stride + layer * self.layout.layer_bytes
-        lengths = np.full(len(slots), self.layout.layer_bytes, dtype=np.int64)
-        self._run(self._engine.submit_read(self._file, offsets, addresses, lengths))
-        sums = _core.checksum_pages(addresses, self.layout.layer_bytes, 1)[:, 0]
-        good = np.array(
-            [
-                (stored := self._layer_sums.get(int(slot))) is not None and stored[layer] == value
-                for slot, value in zip(slots, sums, strict=True)
-            ],
-            dtype=np.bool_,
-        )
+        good = np.zeros(len(slots), dtype=np.bool_)
+        parts = [
+            (places, self._engine.submit_read(*self._slices(slots, layer, addresses, places)))
+            for places in parts_of(slots, self.layout.layer_bytes)
+        ]
+        error: TransferError | None = None
+        for places, ticket in parts:
+            try:
+                finish(self._engine, ticket, self.timeout_s)
+            except TransferError as failed:
+                error = error or failed  # told when no part uses the memory any more
+                continue
+            sums = _core.checksum_pages(addresses[places], self.layout.layer_bytes, 1)[:, 0]
+            for place, value in zip(places.tolist(), sums, strict=True):
+                stored = self._layer_sums.get(int(slots[place]))
+                good[place] = stored is not None and stored[layer] == value
+        if error is not None:
+            raise error
         self.num_corrupt += int((~good).sum())
         return good
 
     def write_slices(self, slots: _Int64s, layer: int, addresses: _Int64s) -> NDArray[np.uint64]:
         """Write one layer of pages that are being filled, wait, and return the slices' checksums."""
-        offsets = slots * self.slot_stride + layer * self.layout.layer_bytes
-        lengths = np.full(len(slots), self.layout.layer_bytes, dtype=np.int64)
+        every = np.arange(len(slots))
+        ticket = self._engine.submit_write(*self._slices(slots, layer, addresses, every))
         sums = _core.checksum_pages(addresses, self.layout.layer_bytes, 1)[:, 0]
-        self._run(self._engine.submit_write(self._file, offsets, addresses, lengths))
+        finish(self._engine, ticket, self.timeout_s)
         return sums
 
     def finish_slices(
         self, slots: _Int64s, names: Sequence[PageName | None], sums: NDArray[np.uint64]
     ) -> None:
         """Write the trailers of pages whose layers have all been written; `sums` is (pages, layers)."""
-        tails = self._make_trailers(slots, names, sums)
+        tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
+        self._fill_trailers(tails, np.arange(len(slots)), slots, names, sums)
         offsets = slots * self.slot_stride + self.layout.slot_bytes
         lengths = np.full(len(slots), TRAILER_BYTES, dtype=np.int64)
-        self._run(self._engine.submit_write(self._file, offsets, _tail_addresses(tails), lengths))
+        ticket = self._engine.submit_write(self._file, offsets, _addresses_of(tails), lengths)
+        finish(self._engine, ticket, self.timeout_s)
 
     # ---- the index ---------------------------------------------------------------------------------
 
@@ -227,6 +255,23 @@ class ColdStore:
             self.finish_slices(kept, kept_names, sums)
             self.publish(kept, kept_names)
         return good
+
+    def register_memory(self, address: int, num_bytes: int) -> None:
+        """Let the kernel pin memory that pages are often moved from and to once, not for every transfer.
+
+        It must stay mapped until `unregister_memory` or `close`. Where the kernel refuses, pages move without.
+        """
+        registered, error = self._engine.register_memory(address, num_bytes)
+        if error:
+            log.info(
+                "io_uring: %d of %d bytes of pinned memory registered (%s): the rest is looked up for "
+                "every transfer",
+                registered, num_bytes, os.strerror(error),
+            )  # fmt: skip
+
+    def unregister_memory(self, address: int, num_bytes: int) -> None:
+        """Undo `register_memory` for what was registered within this range; nothing may be in flight there."""
+        self._engine.unregister_memory(address, num_bytes)
 
     def sync(self) -> None:
         """Return when every page and entry written so far is durable."""
@@ -287,191 +332,90 @@ class ColdStore:
             positions=np.array([entry.position for _, entry in entries], dtype=np.int64),
         )
 
-    def _make_trailers(
-        self, slots: _Int64s, names: Sequence[PageName | None], sums: NDArray[np.uint64]
-    ) -> mmap.mmap:
-        tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
-        for i, (slot, name) in enumerate(zip(slots, names, strict=True)):
-            self._generations[slot] = self._next_generation
-            self._roots[slot] = _root_of(sums[i])
-            self._layer_sums.pop(int(slot), None)
-            start = i * TRAILER_BYTES
-            tails[start : start + TRAILER_BYTES] = pack_trailer(
-                self.layout, name, self._next_generation, sums[i]
-            )
-            self._next_generation += 1
-        return tails
+    def _fill_trailers(
+        self,
+        tails: mmap.mmap,
+        places: _Int64s,
+        slots: _Int64s,
+        names: Sequence[PageName | None],
+        sums: NDArray[np.uint64],
+    ) -> None:
+        """Make the trailers of the pages at `places`, whose layers have the checksums `sums`."""
+        first = self._next_generation
+        self._next_generation += len(places)
+        chosen = [names[place] for place in places]
+        _rows(tails)[places] = pack_trailers(self.layout, chosen, first, sums)
+        self._generations[slots[places]] = np.arange(first, self._next_generation, dtype=np.uint64)
+        self._roots[slots[places]] = _roots_of(sums)
+        for slot in slots[places].tolist():
+            self._layer_sums.pop(slot, None)
 
-    def _parse_tail(self, slot: int, tails: mmap.mmap, i: int) -> NDArray[np.uint64] | None:
-        raw = tails[i * TRAILER_BYTES : (i + 1) * TRAILER_BYTES]
-        stored = parse_trailer(self.layout, int(self._generations[slot]), raw)
-        return stored if stored is not None and _root_of(stored) == self._roots[slot] else None
+    def _parse_tails(
+        self, slots: _Int64s, raw: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+        """The layers' checksums in trailers read from `slots`, and which are those that were written."""
+        stored, same = parse_trailers(self.layout, self._generations[slots], raw)
+        return stored, same & (_roots_of(stored) == self._roots[slots])
 
     def _load_layer_sums(self, slots: _Int64s) -> None:
         """Read the trailers of the slots whose layers' checksums are not known yet."""
-        new = np.array([s for s in slots if int(s) not in self._layer_sums], dtype=np.int64)
+        new = np.array([s for s in slots.tolist() if s not in self._layer_sums], dtype=np.int64)
         if len(new) == 0:
             return
         tails = mmap.mmap(-1, TRAILER_BYTES * len(new))
         offsets = new * self.slot_stride + self.layout.slot_bytes
         lengths = np.full(len(new), TRAILER_BYTES, dtype=np.int64)
-        self._run(self._engine.submit_read(self._file, offsets, _tail_addresses(tails), lengths))
-        for i, slot in enumerate(new):
-            stored = self._parse_tail(int(slot), tails, i)
-            if stored is not None:
-                self._layer_sums[int(slot)] = stored
+        ticket = self._engine.submit_read(self._file, offsets, _addresses_of(tails), lengths)
+        finish(self._engine, ticket, self.timeout_s)
+        stored, same = self._parse_tails(new, _rows(tails))
+        for slot, sums, is_good in zip(new.tolist(), stored.copy(), same, strict=True):
+            if is_good:
+                self._layer_sums[slot] = sums
+
+    def _sums_at(self, addresses: _Int64s) -> NDArray[np.uint64]:
+        return _core.checksum_pages(addresses, self.layout.layer_bytes, self.layout.num_layers)
 
     def _operations(
-        self, slots: _Int64s, addresses: _Int64s, tails: mmap.mmap
+        self, slots: _Int64s, addresses: _Int64s, tails: mmap.mmap, places: _Int64s
     ) -> tuple[_core.BlockFile, _Int64s, _Int64s, _Int64s, _Int64s, int]:
-        offsets = slots * self.slot_stride
-        lengths = np.full(len(slots), self.layout.slot_bytes, dtype=np.int64)
-        return self._file, offsets, addresses, lengths, _tail_addresses(tails), TRAILER_BYTES
+        offsets = slots[places] * self.slot_stride
+        lengths = np.full(len(places), self.layout.slot_bytes, dtype=np.int64)
+        tail_addresses = _addresses_of(tails)[places]
+        return self._file, offsets, addresses[places], lengths, tail_addresses, TRAILER_BYTES
 
-    def _run(self, ticket: int) -> None:
-        result = self._engine.wait(ticket, self.timeout_s)
-        if not _take(self._engine, ticket, result):
-            raise _too_late(self.timeout_s)
-
-
-class StoreTransfer:
-    """Pages being read from or written to the store. Owns the trailers' memory until it has ended."""
-
-    def __init__(
-        self,
-        engine: _core.IoEngine,
-        ticket: int,
-        slots: _Int64s,
-        addresses: _Int64s,
-        tails: mmap.mmap,
-        timeout_s: float,
-    ) -> None:
-        self.slots = slots
-        self.addresses = addresses
-        self.tails = tails
-        self._engine = engine
-        self._ticket = ticket
-        self._timeout_s = timeout_s
-        self._deadline_s = time.monotonic() + timeout_s
-        self._ended = False
-
-    def poll(self) -> bool:
-        """Whether it has ended; raises TransferError when it failed."""
-        if not self._ended:
-            self._ended = _take(self._engine, self._ticket, self._engine.poll(self._ticket))
-        return self._ended
-
-    def wait(self) -> None:
-        """Block until `poll` has an answer; raises TransferError at the deadline."""
-        if self._ended:
-            return
-        left_s = max(0.0, self._deadline_s - time.monotonic())
-        if self._engine.wait(self._ticket, left_s).status == _core.IoStatus.PENDING:
-            raise _too_late(self._timeout_s)
+    def _slices(
+        self, slots: _Int64s, layer: int, addresses: _Int64s, places: _Int64s
+    ) -> tuple[_core.BlockFile, _Int64s, _Int64s, _Int64s]:
+        offsets = slots[places] * self.slot_stride + layer * self.layout.layer_bytes
+        lengths = np.full(len(places), self.layout.layer_bytes, dtype=np.int64)
+        return self._file, offsets, addresses[places], lengths
 
 
-def _take(engine: _core.IoEngine, ticket: int, result: _core.IoResult) -> bool:
-    """Whether `ticket` has ended well; forgets it at its end. Raises TransferError when it failed."""
-    if result.status == _core.IoStatus.PENDING:
-        return False
-    engine.forget(ticket)
-    if result.status == _core.IoStatus.FAILED:
-        raise TransferError(result.errno, result.message)
-    return True
+def _open_engine(kind: _core.EngineKind, options: DiskOptions | None) -> _core.IoEngine:
+    if options is None:
+        return _core.IoEngine(kind)
+    try:
+        return open_engine(options)
+    except OSError as error:
+        log.warning("%s was measured, but cannot be had now (%s)", options, error)
+        return _core.IoEngine(kind)
 
 
-def _too_late(timeout_s: float) -> TransferError:
-    return TransferError(f"the SSD tier did not answer within io_timeout_s={timeout_s}")
+def _roots_of(sums: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One checksum over those of the layers, for each row."""
+    rows = np.ascontiguousarray(sums)
+    return _core.checksum_slices(rows.ctypes.data, rows.shape[1] * rows.itemsize, len(rows))
 
 
-def _root_of(sums: NDArray[np.uint64]) -> int:
-    """One checksum over those of the layers."""
-    row = np.ascontiguousarray(sums)
-    return int(_core.checksum(row.ctypes.data, row.nbytes))
+def _rows(tails: mmap.mmap) -> NDArray[np.uint8]:
+    """The trailers, (pages, 4096)."""
+    return np.frombuffer(tails, dtype=np.uint8).reshape(-1, TRAILER_BYTES)
 
 
-def _tail_addresses(tails: mmap.mmap) -> _Int64s:
+def _addresses_of(tails: mmap.mmap) -> _Int64s:
     base = np.frombuffer(tails, dtype=np.uint8).ctypes.data
     return base + np.arange(len(tails) // TRAILER_BYTES, dtype=np.int64) * TRAILER_BYTES
 
 
 def _key_array(keys: Iterable[bytes]) -> NDArray[np.uint8]:
     return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
-
-
-def _claim(path: Path) -> int:
-    """Make the directory where there is none and lock it; the descriptor that holds the lock."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        names = {entry.name for entry in path.iterdir()}
-        if names and "header.json" not in names and names != {"lock"}:
-            raise ConfigError(
-                f"ssd_path={str(path)!r}: neither empty nor a tiermem store (no header.json); "
-                f"choose another directory"
-            )
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        lock = os.open(path / "lock", flags, 0o600)
-    except OSError as error:
-        raise ConfigError(f"ssd_path={str(path)!r}: not usable as a store ({error})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise ConfigError(
-            f"ssd_path={str(path)!r}: another process or manager has this store open; "
-            f"one owns a store at a time"
-        ) from None
-    return lock
-
-
-def _check_or_write_header(path: Path, layout: PageLayout) -> None:
-    header = path / "header.json"
-    try:
-        text = _read_bounded(header)
-    except FileNotFoundError:
-        new = path / "header.json.new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(new, flags, 0o600), "wb") as file:
-            file.write(pack_header(layout))
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(header)
-        return
-    check_header(str(path), text, layout)
-
-
-def _read_bounded(path: Path) -> bytes:
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-        return file.read(MAX_HEADER_BYTES)
-
-
-def _open_slots(path: Path, num_bytes: int) -> _core.BlockFile:
-    """The slot file, cut or grown to the cap."""
-    try:
-        file = _core.BlockFile(path, num_bytes, _core.OpenMode.CREATE)
-        if file.size_bytes > num_bytes:
-            file.resize(num_bytes)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        raise ConfigError(
-            f"ssd: {num_bytes} bytes for the slots of {str(path.parent)!r} cannot be had "
-            f"({error.strerror}); {free} bytes are free there"
-        ) from error
-    return file
-
-
-def _open_index(path: Path, num_slots: int) -> lmdb.Environment:
-    """The index. Without LMDB's own sync: `sync` orders payload before entries."""
-    path.mkdir(mode=0o700, exist_ok=True)
-    try:
-        return lmdb.open(
-            str(path),
-            map_size=INDEX_BYTES + 4 * INDEX_BYTES_PER_SLOT * num_slots,
-            mode=0o600,
-            sync=False,
-            max_readers=16,
-        )
-    except lmdb.Error as error:
-        raise ConfigError(
-            f"ssd_path={str(path.parent)!r}: its index is not usable ({error})"
-        ) from None

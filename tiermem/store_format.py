@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,34 +116,63 @@ def check_header(path: str, text: bytes, layout: PageLayout) -> None:
         )
 
 
+def pack_trailers(
+    layout: PageLayout,
+    names: Sequence[PageName | None],
+    first_generation: int,
+    checksums: NDArray[np.uint64],
+) -> NDArray[np.uint8]:
+    """The 4,096 bytes behind each page, (pages, 4096): what it is, and the checksum of each of its layers.
+
+    `checksums` is (pages, layers). Generations count up from the first.
+    """
+    records = np.zeros(len(names), dtype=_TRAILER)
+    records["magic"] = _MAGIC
+    records["version"] = FORMAT_VERSION
+    records["num_layers"] = layout.num_layers
+    records["layout"] = np.void(layout.fingerprint())
+    for i, name in enumerate(names):
+        if name is not None:
+            records["key"][i] = np.void(name.key)
+            records["parent"][i] = np.void(name.parent)
+            records["position"][i] = name.position
+    records["generation"] = np.arange(first_generation, first_generation + len(names))
+    records["checksums"][:, : layout.num_layers] = checksums
+    raw = records.view(np.uint8).reshape(-1, TRAILER_BYTES)
+    records["crc"] = [zlib.crc32(row) for row in raw[:, :-4]]
+    return raw
+
+
 def pack_trailer(
     layout: PageLayout, name: PageName | None, generation: int, checksums: NDArray[np.uint64]
 ) -> bytes:
-    """The 4,096 bytes behind a page: what it is, and the checksum of each of its layers."""
-    record = np.zeros(1, dtype=_TRAILER)
-    record["magic"] = _MAGIC
-    record["version"] = FORMAT_VERSION
-    record["num_layers"] = layout.num_layers
-    record["layout"] = np.void(layout.fingerprint())
-    record["key"] = np.void(name.key if name else UNNAMED)
-    record["parent"] = np.void(name.parent if name else UNNAMED)
-    record["position"] = name.position if name else 0
-    record["generation"] = generation
-    record["checksums"][0, : layout.num_layers] = checksums
-    body = record.tobytes()[:-4]
-    return body + struct.pack("<I", zlib.crc32(body))
+    """One page's trailer."""
+    return pack_trailers(layout, [name], generation, checksums[None]).tobytes()
+
+
+def parse_trailers(
+    layout: PageLayout, generations: NDArray[np.uint64], raw: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """The checksums of each page's layers, and which rows of `raw` are the trailers of those very writes.
+
+    `raw` is (pages, 4096). Checksums of other rows mean nothing.
+    """
+    records = np.ascontiguousarray(raw).view(_TRAILER)[:, 0]
+    same = (
+        (records["magic"] == _MAGIC)
+        & (records["version"] == FORMAT_VERSION)
+        & (records["num_layers"] == layout.num_layers)
+        & (records["layout"] == np.void(layout.fingerprint()))
+        & (records["generation"] == generations)
+        & (records["crc"] == np.array([zlib.crc32(row) for row in raw[:, :-4]], dtype=np.uint32))
+    )
+    return records["checksums"][:, : layout.num_layers], same
 
 
 def parse_trailer(layout: PageLayout, generation: int, raw: bytes) -> NDArray[np.uint64] | None:
     """The checksum of each layer, or None unless `raw` is the trailer of that very write."""
-    if len(raw) != TRAILER_BYTES or struct.unpack("<I", raw[-4:])[0] != zlib.crc32(raw[:-4]):
+    if len(raw) != TRAILER_BYTES:
         return None
-    record = np.frombuffer(raw, dtype=_TRAILER)[0]
-    same = (
-        bytes(record["magic"]) == _MAGIC
-        and int(record["version"]) == FORMAT_VERSION
-        and int(record["num_layers"]) == layout.num_layers
-        and bytes(record["layout"]) == layout.fingerprint()
-        and int(record["generation"]) == generation
-    )
-    return record["checksums"][: layout.num_layers].copy() if same else None
+    row = np.frombuffer(raw, dtype=np.uint8)[None]
+    sums, same = parse_trailers(layout, np.array([generation], dtype=np.uint64), row)
+    return sums[0].copy() if same[0] else None

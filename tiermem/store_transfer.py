@@ -1,0 +1,113 @@
+"""StoreTransfer: pages on their way to or from the slot file, in parts whose checksums overlap with the disk."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiermem import _core
+from tiermem.errors import TransferError
+
+Int64s = NDArray[np.int64]
+
+PART_BYTES = 8 << 20
+"""Of one ticket, about: while one part is on its way to or from the disk, another's checksums are computed."""
+
+CheckPart = Callable[[Int64s], NDArray[np.bool_]]
+"""Which pages of a part, given by their places in the transfer, arrived as they were written."""
+
+
+def parts_of(slots: Int64s, page_bytes: int) -> Iterator[Int64s]:
+    """Places within `slots`, by ascending slot, in parts of about PART_BYTES: neighbours become one transfer."""
+    step = max(1, PART_BYTES // page_bytes)
+    order = np.argsort(slots, kind="stable")
+    for start in range(0, len(order), step):
+        yield order[start : start + step]
+
+
+class StoreTransfer:
+    """Pages being read from or written to the store. Owns the trailers' memory until it has ended.
+
+    With `check`, a part is checked as soon as `poll` or `wait` sees that it has arrived.
+    """
+
+    def __init__(
+        self,
+        engine: _core.IoEngine,
+        slots: Int64s,
+        addresses: Int64s,
+        tails: mmap.mmap,
+        timeout_s: float,
+        check: CheckPart | None = None,
+    ) -> None:
+        self.slots = slots
+        self.addresses = addresses
+        self.tails = tails
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._deadline_s = time.monotonic() + timeout_s
+        self._check = check
+        self._good = np.zeros(len(slots), dtype=np.bool_)
+        self._parts: list[tuple[int, Int64s]] = []
+        self._num_ended = 0
+        self._error: TransferError | None = None
+
+    def add_part(self, ticket: int, places: Int64s) -> None:
+        """`ticket` moves the pages at these places of `slots`."""
+        self._parts.append((ticket, places))
+
+    def poll(self) -> bool:
+        """Whether all parts have ended; raises TransferError then if one failed."""
+        while self._num_ended < len(self._parts):
+            ticket, places = self._parts[self._num_ended]
+            if not self._take(ticket, places):
+                return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def wait(self) -> None:
+        """Block until `poll` has an answer; raises TransferError at the deadline."""
+        while self._num_ended < len(self._parts):
+            ticket, places = self._parts[self._num_ended]
+            left_s = max(0.0, self._deadline_s - time.monotonic())
+            if self._engine.wait(ticket, left_s).status is _core.IoStatus.PENDING:
+                raise too_late(self._timeout_s)
+            self._take(ticket, places)
+
+    def intact(self) -> NDArray[np.bool_]:
+        """Which pages of an ended read are the very bytes that were written, in the order of `slots`."""
+        return self._good
+
+    def _take(self, ticket: int, places: Int64s) -> bool:
+        """Whether a part has ended; then it is forgotten, and checked if it is to be."""
+        result = self._engine.poll(ticket)
+        if result.status is _core.IoStatus.PENDING:
+            return False
+        self._engine.forget(ticket)
+        self._num_ended += 1
+        if result.status is _core.IoStatus.FAILED:
+            # The other parts still use their memory: the error is told when all have ended.
+            self._error = self._error or TransferError(result.errno, result.message)
+        elif self._check is not None and self._error is None:
+            self._good[places] = self._check(places)
+        return True
+
+
+def finish(engine: _core.IoEngine, ticket: int, timeout_s: float) -> None:
+    """Wait for a ticket and forget it. Raises TransferError when it failed or at the deadline."""
+    result = engine.wait(ticket, timeout_s)
+    if result.status is _core.IoStatus.PENDING:
+        raise too_late(timeout_s)
+    engine.forget(ticket)
+    if result.status is _core.IoStatus.FAILED:
+        raise TransferError(result.errno, result.message)
+
+
+def too_late(timeout_s: float) -> TransferError:
+    """What is raised at a deadline."""
+    return TransferError(f"the SSD tier did not answer within io_timeout_s={timeout_s}")
