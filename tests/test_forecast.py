@@ -127,6 +127,11 @@ def test_a_gpu_tier_that_was_asked_for_must_fit_and_that_of_a_profile_shrinks() 
     assert "smaller here" in shrunk.notes[0]
 
 
+def test_what_is_assumed_of_weights_of_few_bits_is_said() -> None:
+    assert ask("h200").notes == ()
+    assert "int4 weights are assumed" in ask("h200", weights=WeightFormat.INT4).notes[0]
+
+
 def test_a_gpu_without_bfloat16() -> None:
     with pytest.raises(ConfigError, match=r"bfloat16.*NVIDIA T4"):
         ask("t4", model="7b", dtype="bfloat16")

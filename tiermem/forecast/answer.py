@@ -164,6 +164,8 @@ def predict(request: Request, hardware: Hardware) -> Forecast:
     ConfigError: a size or dtype that cannot be there.
     """
     notes: list[str] = []
+    if request.weights is not WeightFormat.FP16:
+        notes.append(f"{request.weights.value} weights are assumed to be read as fast as fp16 ones")
     layout = _layout(request, hardware, notes)
     # A cold tier needs a path only to be opened.
     config = TierConfig.from_profile(hardware.profile, ssd_path="cold", **request.sizes)
