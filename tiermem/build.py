@@ -6,6 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ from tiermem.attention.backend import AttentionBackend, backend_for
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, ProductMath
 from tiermem.config import AttentionMath, TierConfig
 from tiermem.core import Core
-from tiermem.device.protocol import Device, Memory
+from tiermem.device.protocol import Device, Memory, Progress
 from tiermem.disk_rates import DiskOptions
 from tiermem.errors import ConfigError
 from tiermem.inflight import InFlight
@@ -44,8 +45,11 @@ def build_core(
     device: Device,
     store: ColdStore | None,
     seal_idle: Callable[[], bool],
+    progress: Progress | None = None,
 ) -> Core:
     """Allocate the pools and staging and put the parts of a manager together.
+
+    `progress` is told how much of the RAM tier is ready.
 
     Raises
     ------
@@ -57,7 +61,7 @@ def build_core(
         hot_pool = _hot_pool(layout, config, device, NUM_HALVES * ring_pages * layout.layer_bytes)
         undo.callback(hot_pool.free)
         pools = {Tier.GPU: hot_pool}
-        warm_pool = _warm_pool(layout, config, device)
+        warm_pool = _warm_pool(layout, config, device, progress)
         if warm_pool is not None:
             undo.callback(warm_pool.free)
             pools[Tier.RAM] = warm_pool
@@ -140,7 +144,9 @@ def _hot_pool(layout: PageLayout, config: TierConfig, device: Device, ring_bytes
     return _pool("gpu", config.gpu, wanted, layout, device.allocate)
 
 
-def _warm_pool(layout: PageLayout, config: TierConfig, device: Device) -> SlotPool | None:
+def _warm_pool(
+    layout: PageLayout, config: TierConfig, device: Device, progress: Progress | None
+) -> SlotPool | None:
     if config.ram.is_zero:
         return None
     free = psutil.virtual_memory().available
@@ -149,7 +155,8 @@ def _warm_pool(layout: PageLayout, config: TierConfig, device: Device) -> SlotPo
         raise ConfigError(
             f"ram={config.ram}: {format_bytes(wanted)} wanted, {free} bytes of memory are free"
         )
-    return _pool("ram", config.ram, wanted, layout, device.allocate_host)
+    allocate = partial(device.allocate_host, progress=progress)
+    return _pool("ram", config.ram, wanted, layout, allocate)
 
 
 def _pool(

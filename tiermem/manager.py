@@ -15,7 +15,7 @@ import torch
 from tiermem.build import build_core, open_store
 from tiermem.config import TierConfig
 from tiermem.device.discovery import open_device
-from tiermem.device.protocol import Device
+from tiermem.device.protocol import Device, Progress
 from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.layout import PageLayout
 from tiermem.limits import calibration_of, disk_options, route_limits, use_best_copies
@@ -43,6 +43,8 @@ class TierManager:
     model_id: names the weights; pages of different ids are never mixed up.
     shard: (index, count) of this process among those that share a model.
     device: a device to use instead of the one that `config.device` names; closed with the manager.
+    progress: called with the bytes of the RAM tier that are ready and with all of them, which for a large tier
+        takes seconds.
 
     Raises
     ------
@@ -57,6 +59,7 @@ class TierManager:
         shard: tuple[int, int] = (0, 1),
         *,
         device: Device | None = None,
+        progress: Progress | None = None,
     ) -> None:
         _check_identity(model_id, shard)
         self.layout = layout
@@ -77,7 +80,14 @@ class TierManager:
             self._limits = route_limits(made, config.ssd_path)
             self._store = open_store(layout, config, disk_options(made, config))
             self._core = build_core(
-                layout, config, model_id, shard, self._device, self._store, self._seal_idle
+                layout,
+                config,
+                model_id,
+                shard,
+                self._device,
+                self._store,
+                self._seal_idle,
+                progress,
             )
             self._resident = ResidentPool(self._core)
             self._publisher = Publisher()

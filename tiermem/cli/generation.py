@@ -96,7 +96,9 @@ def _run_tiered(
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     choices = Choices() if options.verify else None
     writer = Writer(None if options.json else sys.stdout, subject)
-    with TieredCache(model, config, page_tokens=options.page_tokens, label=LABEL) as cache:
+    with TieredCache(
+        model, config, page_tokens=options.page_tokens, label=LABEL, progress=Progress.pinning
+    ) as cache:
         attached = cache.attach(ids) if options.attach else 0
         made = generate(model, cache, ids, sampling, chunk_tokens, writer.watcher(), choices)
         text = writer.end()

@@ -6,8 +6,11 @@ import logging
 import shutil
 import sys
 
-from tiermem.cli.human import count_text, tokens_rate_text
+from tiermem.cli.human import count_text, size_text, tokens_rate_text
 from tiermem.cli.table import clip, printable
+
+LARGE_POOL_BYTES = 4 << 30
+"""Below this a RAM tier is ready before anybody wonders."""
 
 
 def note(text: str) -> None:
@@ -45,3 +48,12 @@ class Progress:
         """`done` of `total` tokens, `computed` of them in the last `seconds`."""
         rate = tokens_rate_text(computed, seconds)
         cls.show(f"{what}: {count_text(done)} of {count_text(total)} tokens, {rate}")
+
+    @classmethod
+    def pinning(cls, done: int, total: int) -> None:
+        """`done` of `total` bytes of the RAM tier are ready; shown for large ones."""
+        if total < LARGE_POOL_BYTES:
+            return
+        cls.show(f"pinning RAM: {size_text(done)} of {size_text(total)}")
+        if done == total:
+            cls.clear()

@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from tiermem.config import TierConfig
 from tiermem.device.discovery import open_device
+from tiermem.device.protocol import Progress
 from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.integrations.transformers.attention import NAME, register
 from tiermem.integrations.transformers.call import Call
@@ -58,6 +59,7 @@ class TieredCache(Cache):
     model_id: names the weights; `model_identity(model)` if not given.
     salt: pages of different salts never match (tenants).
     label: for stats, up to 200 characters.
+    progress: called with the bytes of the RAM tier that are ready and with all of them.
 
     Raises
     ------
@@ -73,10 +75,11 @@ class TieredCache(Cache):
         model_id: str | None = None,
         salt: bytes = b"",
         label: str = "",
+        progress: Progress | None = None,
     ) -> None:
         attention = attention_of(model, page_tokens)
         identity = model_identity(model) if model_id is None else model_id
-        self.manager = _open_manager(attention, config, identity)
+        self.manager = _open_manager(attention, config, identity, progress)
         self._attention = attention
         self._model_config = model.config
         self._rows = Rows(self.manager, salt, label, attention.reusable)
@@ -321,7 +324,9 @@ class TieredCache(Cache):
             )
 
 
-def _open_manager(attention: ModelAttention, config: TierConfig, model_id: str) -> TierManager:
+def _open_manager(
+    attention: ModelAttention, config: TierConfig, model_id: str, progress: Progress | None
+) -> TierManager:
     """A manager on the model's device."""
     if not isinstance(config, TierConfig):
         raise TypeError(f"config: must be a TierConfig, not {type(config).__name__}")
@@ -331,7 +336,7 @@ def _open_manager(attention: ModelAttention, config: TierConfig, model_id: str) 
             f"device={config.device!r}: the model is on {place}; must be 'auto' or '{place}'"
         )
     device, _ = open_device(str(place))
-    return TierManager(attention.layout, config, model_id, device=device)
+    return TierManager(attention.layout, config, model_id, device=device, progress=progress)
 
 
 def _host_ids(
