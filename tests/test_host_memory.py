@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tiermem.device import host
+from tiermem.device import cgroup, host
 from tiermem.device.host import HUGE_PAGE_BYTES, HostMemory, host_free_bytes, host_total_bytes
 from tiermem.errors import ClosedError, ConfigError
 
@@ -72,35 +72,55 @@ def test_a_mapping_the_system_refuses_is_a_config_error(monkeypatch: pytest.Monk
         HostMemory(1 << 60)
 
 
+FILES = {
+    1: {
+        "memory.limit_in_bytes": "1000000",
+        "memory.usage_in_bytes": "400000",
+        "memory.stat": "cache 5\ntotal_inactive_file 100000\n",
+    },
+    2: {
+        "memory.max": "1000000",
+        "memory.current": "400000",
+        "memory.stat": "anon 5\ninactive_file 100000\n",
+    },
+}
+GROUPS = {1: "9:cpu:/\n4:rdma,memory:/a/b/c\n0::/\n", 2: "4:cpu:/x\n0::/a/b/c\n"}
+
+
+@pytest.mark.parametrize("group", ["", "a", "a/b", "a/b/c"])
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_cgroups_limit_counts(
-    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_limits_of_a_cgroup_and_of_those_above_it_count(
+    version: int, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {
-        1: {
-            "memory/memory.limit_in_bytes": "1000000",
-            "memory/memory.usage_in_bytes": "400000",
-            "memory/memory.stat": "cache 5\ntotal_inactive_file 100000\n",
-        },
-        2: {
-            "memory.max": "1000000",
-            "memory.current": "400000",
-            "memory.stat": "anon 5\ninactive_file 100000\n",
-        },
-    }[version]
-    (tmp_path / "memory").mkdir()
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(host, "_CGROUP", tmp_path)
+    top = tmp_path / ("memory" if version == 1 else "")
+    (top / "a/b/c").mkdir(parents=True)
+    for name, text in FILES[version].items():
+        (top / group / name).write_text(text)
+    (tmp_path / "groups").write_text(GROUPS[version])
+    monkeypatch.setattr(cgroup, "_MOUNT", tmp_path)
+    monkeypatch.setattr(cgroup, "_GROUPS", tmp_path / "groups")
     assert host_total_bytes() == 1_000_000
     assert host_free_bytes() == 700_000
+
+
+def test_a_group_that_cannot_be_seen_leaves_those_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container that sees only its own part of the tree, at the mount."""
+    for name, text in FILES[2].items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "groups").write_text("0::/somewhere/else\n")
+    monkeypatch.setattr(cgroup, "_MOUNT", tmp_path)
+    for groups in (tmp_path / "groups", tmp_path / "missing"):
+        monkeypatch.setattr(cgroup, "_GROUPS", groups)
+        assert host_free_bytes() == 700_000
 
 
 def test_without_a_cgroups_limit_the_system_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(host, "_CGROUP", tmp_path)
+    monkeypatch.setattr(cgroup, "_MOUNT", tmp_path)
     assert host_total_bytes() == psutil.virtual_memory().total
     assert 0 < host_free_bytes() <= host_total_bytes()
 

@@ -7,13 +7,13 @@ import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
 from tiermem._core import MemoryToucher
+from tiermem.device import cgroup
 from tiermem.device.copies import check_num_bytes
 from tiermem.device.protocol import Progress
 from tiermem.errors import ClosedError, ConfigError
@@ -24,7 +24,6 @@ PIECE_BYTES = 1 << 30
 in which 16 threads touch the next one; 256 MiB and 1 GiB were as fast as each other."""
 MAX_TOUCH_THREADS = 16
 """With huge pages 16 threads touched 64 GB/s of a server's memory, 8 threads 43, 32 no more than 16."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class HostMemory:
@@ -90,14 +89,14 @@ class HostMemory:
 def host_free_bytes() -> int:
     """Bytes this process can still take: what the system has, within the cgroup's limit."""
     available = int(psutil.virtual_memory().available)
-    room = _cgroup_room_bytes()
+    room = cgroup.room_bytes()
     return available if room is None else min(available, room)
 
 
 def host_total_bytes() -> int:
     """Bytes of memory this process may use at most: the machine's, within the cgroup's limit."""
     total = int(psutil.virtual_memory().total)
-    limit = _cgroup_limit_bytes()
+    limit = cgroup.limit_bytes()
     return total if limit is None else min(total, limit)
 
 
@@ -183,54 +182,3 @@ def _no_room(num_bytes: int, free_bytes: int, reason: str) -> ConfigError:
     return ConfigError(
         f"cannot allocate {num_bytes} bytes of host memory: {free_bytes} bytes are free ({reason})"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _CgroupFiles:
-    """Where one version of cgroups keeps the numbers of this process's group."""
-
-    limit: str
-    current: str
-    stat: str
-    file_cache: str
-
-
-_CGROUP_VERSIONS = (
-    _CgroupFiles("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    _CgroupFiles(
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
-)
-
-
-def _cgroup_limit_bytes() -> int | None:
-    limits = [_cgroup_number(files.limit) for files in _CGROUP_VERSIONS]
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _cgroup_room_bytes() -> int | None:
-    """Bytes left under the cgroup's limit, its file cache counted as free; None without a limit."""
-    for files in _CGROUP_VERSIONS:
-        limit, current = _cgroup_number(files.limit), _cgroup_number(files.current)
-        if limit is not None and current is not None:
-            return max(0, limit - current + _cgroup_file_cache_bytes(files))
-    return None
-
-
-def _cgroup_number(name: str) -> int | None:
-    try:
-        text = (_CGROUP / name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
-def _cgroup_file_cache_bytes(files: _CgroupFiles) -> int:
-    try:
-        lines = (_CGROUP / files.stat).read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(f"{files.file_cache} "))
