@@ -1,13 +1,31 @@
-"""ContiguousCache: K and V of a fixed number of tokens and one more, each layer's in one piece.
+"""ContiguousCache: K and V of a fixed number of tokens and one more, each layer's in one piece; and attention over it.
 
-What a captured decode step without paging would read: no copy of K and V, no mask, the same addresses each time.
+What a captured decode step without paging would do: no copy of K and V, no mask, the same addresses each time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
 import torch
-from transformers import DynamicCache
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class Grouping(Enum):
+    """How torch is given several query heads that share one head of K and V."""
+
+    GQA = "as heads"
+    ROWS = "as rows"
+    """As query rows of one head: nothing is masked, so it is the same, and some implementations need it."""
 
 
 class ContiguousLayer(CacheLayerMixin):
@@ -66,3 +84,51 @@ class ContiguousCache(Cache):
 def _with_room(tensor: torch.Tensor) -> torch.Tensor:
     room = torch.empty_like(tensor[:, :, :1])
     return torch.cat([tensor, room], dim=2)
+
+
+@contextmanager
+def contiguous_attention(model: PreTrainedModel, grouping: Grouping) -> Iterator[None]:
+    """Let `model` attend with torch's function and without a mask, one new token over all stored ones."""
+    name = f"contiguous {grouping.value}"
+    AttentionInterface.register(
+        name, _attend_as_heads if grouping is Grouping.GQA else _attend_as_rows
+    )
+    AttentionMaskInterface.register(name, _no_mask)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _attend_as_heads(
+    module: torch.nn.Module,  # noqa: ARG001
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """(1, 1, q_heads, head_dim) of query (1, q_heads, 1, head_dim)."""
+    out = scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+def _attend_as_rows(
+    module: torch.nn.Module,  # noqa: ARG001
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    rows = query.view(1, key.shape[1], -1, query.shape[3])
+    out = scaled_dot_product_attention(rows, key, value, scale=scaling)
+    return out.reshape(1, 1, query.shape[1], query.shape[3]), None
+
+
+def _no_mask(**_: object) -> None:
+    return None

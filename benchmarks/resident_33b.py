@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from common import Place, feed, main, prefill
-from contiguous_cache import ContiguousCache
+from contiguous_cache import ContiguousCache, Grouping, contiguous_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
@@ -122,7 +123,7 @@ def _contiguous(
     ids = torch.tensor([[token]], device=place.on)
     positions = torch.full_like(ids, cache.past_tokens)
     found = []
-    for name, context in _backends(place):
+    for name, context, grouping in _backends(place):
         logits: list[torch.Tensor] = []
 
         def forward(logits: list[torch.Tensor] = logits) -> None:
@@ -132,11 +133,11 @@ def _contiguous(
             logits[:] = [out.logits[0, -1:]]
 
         try:
-            with context:
+            with context, contiguous_attention(model, grouping), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of each reason why one is not used
                 recorded = Recorded(place.device, forward)
                 seconds = [_timed(place, recorded) for _ in range(count)][SKIPPED_TOKENS:]
-        except RuntimeError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+        except RuntimeError:
             continue  # not for this GPU, or not for these shapes
         found.append((name, seconds, logits[0].float()))
         del recorded
@@ -151,12 +152,13 @@ def _timed(place: Place, recorded: Recorded) -> float:
     return time.perf_counter() - start_s
 
 
-def _backends(place: Place) -> Iterator[tuple[str, object]]:
-    if place.on.type != "cuda":
-        yield "CPU", nullcontext()
-        return
-    for name, backend in FUSED.items():
-        yield name, sdpa_kernel([backend])
+def _backends(place: Place) -> Iterator[tuple[str, AbstractContextManager[object], Grouping]]:
+    for grouping in Grouping:
+        if place.on.type != "cuda":
+            yield f"CPU, query heads {grouping.value}", nullcontext(), grouping
+            continue
+        for name, backend in FUSED.items():
+            yield f"{name}, query heads {grouping.value}", sdpa_kernel([backend]), grouping
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
