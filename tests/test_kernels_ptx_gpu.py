@@ -30,8 +30,22 @@ def _checked(result: tuple[Any, ...]) -> Any:
     return result[1] if len(result) == 2 else None
 
 
+class PtxKernel:
+    """A variant as compiled for a T4, in place of LoadedKernel."""
+
+    def __init__(self, variant: Any) -> None:
+        self._variant = variant
+        self._launch = _load_ptx(variant)
+
+    def bind(self, grid: tuple[int, int], num_changing: int, values: dict[str, Any]) -> Any:
+        from tiermem.attention.kernels.compiled import rest_of
+
+        rest = rest_of(self._variant, num_changing, values)
+        return lambda *numbers: self._launch(*grid, *numbers, *rest)
+
+
 def _load_ptx(variant: Any) -> Any:
-    """A launch of `variant` as compiled for a T4."""
+    """A launch of the PTX, by the driver."""
     from cuda.bindings import driver
 
     from tiermem.attention.kernels.compiled import ALIGNED, compile_variant, target_of
@@ -75,7 +89,7 @@ def make_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     from tiermem.attention.kernels.backend import TritonBackend
     from tiermem.attention.kernels.compiled import CompiledKernels
 
-    monkeypatch.setattr(CompiledKernels, "_load", lambda self, variant: _load_ptx(variant))
+    monkeypatch.setattr(CompiledKernels, "_load", lambda self, variant: PtxKernel(variant))
     return lambda math=ProductMath.STORED: TritonBackend(T4, T4_SMS, math)
 
 

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from tiermem.attention.arguments import check_attend, check_merge, check_store
 from tiermem.attention.kernels import tiles
-from tiermem.attention.kernels.compiled import CompiledKernels
-from tiermem.attention.kernels.launches import AttendLaunch, StoreLaunch, launch_merge
+from tiermem.attention.kernels.attend_call import AttendCall, without_rows
+from tiermem.attention.kernels.compiled import CompiledKernels, current_stream_of
+from tiermem.attention.kernels.launches import launch_merge, prepare_store
 from tiermem.attention.kernels.tiles import Capability
 from tiermem.attention.pool_view import PagedTables, PoolView, ProductMath
 from tiermem.attention.work_list import PlannedWork, plan_work, tile_counts
@@ -70,9 +71,10 @@ class TritonBackend:
         launch = pool.prepared.get(key)
         if launch is None or launch.backend is not self:
             check_store(pool, k, v, token_slots)
-            launch = StoreLaunch(self, self.kernels_of(pool.data), pool, k, v, token_slots)
+            kernels = self._kernels_of(pool.data)
+            launch = prepare_store(self, kernels, pool, k, v, token_slots.numel())
             _remember(pool.prepared, key, launch)
-        launch(layer, k, v, token_slots)
+        launch(pool.layer_offset(layer), k, v, token_slots)
 
     def attend(
         self,
@@ -88,26 +90,30 @@ class TritonBackend:
         """Softmax attention of each query row over the stored tokens that it may see."""
         key = (
             id(self), id(pool), q.shape, q.stride(), q.dtype, q.data_ptr() % 16, q.get_device(),
-            scale, window, out_dtype,
+            scale, window, out_dtype, current_stream_of(q),
         )  # fmt: skip
         launch = tables.prepared.get(key)
         if launch is None or launch.backend is not self or launch.pool is not pool:
             check_attend(pool, q, tables, window)
-            launch = AttendLaunch(
-                self, self.kernels_of(pool.data), pool, q, tables, scale, window, out_dtype
-            )
+            kernels = self._kernels_of(pool.data)
+            if tables.num_rows == 0:
+                launch = without_rows(self, kernels, pool, q, out_dtype)
+            else:
+                call = AttendCall(self, kernels, pool, q, tables, scale, window, out_dtype)
+                launch = call.prepare()
             _remember(tables.prepared, key, launch)
-        return launch(layer, q)
+        out, lse = launch(pool.layer_offset(layer), q)
+        return out, lse
 
     def merge(
         self, outs: list[torch.Tensor], lses: list[torch.Tensor], out_dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Join results over disjoint sets of tokens into the result over all of them."""
         check_merge(outs, lses)
-        kernels = self.kernels_of(outs[0])
+        kernels = self._kernels_of(outs[0])
         return launch_merge(kernels, torch.stack(outs), torch.stack(lses), out_dtype)
 
-    def kernels_of(self, tensor: torch.Tensor) -> CompiledKernels:
+    def _kernels_of(self, tensor: torch.Tensor) -> CompiledKernels:
         """The kernels for the device that `tensor` is on."""
         device = tensor.get_device()
         kernels = self._kernels.get(device)

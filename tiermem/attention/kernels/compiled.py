@@ -1,19 +1,21 @@
-"""Compiled kernels: what a kernel is compiled for, and launching it at little cost to the host.
+"""Compiled kernels: what a kernel is compiled for, and how one is launched at little cost to the host.
 
 Triton looks at every argument in every launch to find the kernel compiled for it, which takes about 27
-microseconds. Here the caller says what a kernel is compiled for, once; a launch then passes numbers on.
+microseconds. Here the caller says once what a kernel is compiled for, and binds a launch to all that stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tiermem.attention.kernels.driver import BoundLaunch, bind, takes_parameters
 
 TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 """Triton's name of each dtype that attention reads or writes."""
@@ -82,9 +84,22 @@ def pointer(dtype: torch.dtype, aligned: bool) -> str:
     return f"*{TYPE_NAMES[dtype]}{ALIGNED if aligned else ''}"
 
 
-Launch: TypeAlias = Callable[..., None]
-"""launch(grid_x, grid_y, *arguments): what `passed` makes of the arguments, in their order, any value for
-constants."""
+def current_stream_of(tensor: torch.Tensor) -> int:
+    """The handle of the current stream on the tensor's device; 0 on the CPU, for the interpreter."""
+    device = tensor.get_device()
+    if device < 0:
+        return 0
+    return int(triton.runtime.driver.active.get_current_stream(device))
+
+
+class Kernel(Protocol):
+    """One variant, ready to be launched on one device."""
+
+    def bind(
+        self, grid: tuple[int, int], num_changing: int, values: Mapping[str, Any]
+    ) -> BoundLaunch:
+        """A launch that takes the first `num_changing` parameters: what `passed` makes of tensors, and
+        numbers of 64 bits. `values` has the other ones that are not constants, by name."""
 
 
 class CompiledKernels:
@@ -99,46 +114,99 @@ class CompiledKernels:
         self.interpreted = bool(triton.knobs.runtime.interpret)
         """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
         self._device = device
-        self._launches: dict[Variant, Launch] = {}
+        self._kernels: dict[Variant, Kernel] = {}
 
     def passed(self, tensor: torch.Tensor) -> Any:
         """What a launch takes for a tensor: its address, in the interpreter the tensor."""
         return tensor if self.interpreted else tensor.data_ptr()
 
-    def launch(self, variant: Variant) -> Launch:
-        """A function that launches `variant` on the device's current stream."""
-        launch = self._launches.get(variant)
-        if launch is None:
-            load = _interpreted if self.interpreted else self._load
-            launch = self._launches[variant] = load(variant)
-        return launch
+    def kernel(self, variant: Variant) -> Kernel:
+        """The kernel for `variant`."""
+        kernel = self._kernels.get(variant)
+        if kernel is None:
+            load = InterpretedKernel if self.interpreted else self._load
+            kernel = self._kernels[variant] = load(variant)
+        return kernel
 
-    def _load(self, variant: Variant) -> Launch:
-        device, driver = self._device, triton.runtime.driver.active
+    def _load(self, variant: Variant) -> Kernel:
+        return LoadedKernel(variant, self._device)
+
+
+class LoadedKernel:
+    """A variant whose code is in the GPU's memory."""
+
+    def __init__(self, variant: Variant, device: int) -> None:
+        self._variant = variant
+        self._device = device
         with torch.cuda.device(device):
-            compiled = compile_variant(variant, driver.get_current_target())
-            run = compiled.run  # loads the code into the device's context
-        function, metadata = compiled.function, compiled.packed_metadata
-        current_device, stream_of = torch.cuda.current_device, driver.get_current_stream
+            target = triton.runtime.driver.active.get_current_target()
+            self._compiled = compile_variant(variant, target)
+            self._run = self._compiled.run  # loads the code into the device's context
 
-        def launch(grid_x: int, grid_y: int, *arguments: Any) -> None:
-            if current_device() != device:
-                with torch.cuda.device(device):
-                    launch(grid_x, grid_y, *arguments)
-                return
-            # No metadata and no hooks: they are for Triton's own profiler.
-            run(
-                grid_x, grid_y, 1, stream_of(device), function, metadata, None, None, None,
-                *arguments,
-            )  # fmt: skip
+    def bind(
+        self, grid: tuple[int, int], num_changing: int, values: Mapping[str, Any]
+    ) -> BoundLaunch:
+        """A launch through the driver, or Triton's launcher if it passes parameters unknown here."""
+        types = [
+            argument.removesuffix(ALIGNED)
+            for argument in self._variant.arguments
+            if isinstance(argument, str)
+        ]
+        if not takes_parameters(self._compiled, types):
+            return self._bind_to_triton(grid, num_changing, values)
+        names = [
+            name
+            for name, argument in zip(
+                self._variant.kernel.arg_names, self._variant.arguments, strict=True
+            )
+            if isinstance(argument, str)
+        ]
+        kept = [values[name] for name in names[num_changing:]]
+        return bind(self._compiled, self._device, grid, types, kept, num_changing)
+
+    def _bind_to_triton(
+        self, grid: tuple[int, int], num_changing: int, values: Mapping[str, Any]
+    ) -> BoundLaunch:
+        run, function, device = self._run, self._compiled.function, self._device
+        metadata = self._compiled.packed_metadata
+        rest = rest_of(self._variant, num_changing, values)
+        stream_of = triton.runtime.driver.active.get_current_stream
+
+        def launch(*numbers: Any) -> None:
+            with torch.cuda.device(device):
+                # No metadata and no hooks: they are for Triton's own profiler.
+                run(
+                    *grid, 1, stream_of(device), function, metadata, None, None, None,
+                    *numbers, *rest,
+                )  # fmt: skip
 
         return launch
 
 
-def _interpreted(variant: Variant) -> Launch:
-    """The same by way of the interpreter."""
+class InterpretedKernel:
+    """A variant in Triton's interpreter."""
 
-    def launch(grid_x: int, grid_y: int, *arguments: Any) -> None:
-        variant.kernel[grid_x, grid_y](*arguments, num_warps=variant.num_warps)
+    def __init__(self, variant: Variant) -> None:
+        self._variant = variant
 
-    return launch
+    def bind(
+        self, grid: tuple[int, int], num_changing: int, values: Mapping[str, Any]
+    ) -> BoundLaunch:
+        """A launch that runs at once."""
+        kernel, num_warps = self._variant.kernel, self._variant.num_warps
+        rest = rest_of(self._variant, num_changing, values)
+
+        def launch(*tensors: Any) -> None:
+            kernel[grid](*tensors, *rest, num_warps=num_warps)
+
+        return launch
+
+
+def rest_of(variant: Variant, first: int, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What Triton takes for the parameters from number `first` on, the constants included."""
+    names = variant.kernel.arg_names[first:]
+    arguments = variant.arguments[first:]
+    return tuple(
+        values[name] if isinstance(argument, str) else argument
+        for name, argument in zip(names, arguments, strict=True)
+    )

@@ -1,0 +1,164 @@
+"""Launches through the CUDA driver, with parameters that stay in place.
+
+Triton's own launcher converts every argument in every launch, and encodes the descriptors anew: 6 to 9
+microseconds a kernel, where the driver itself takes about 2. Here a launch is bound once to what does not change,
+and then only the few numbers that do are written before the driver is called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
+"""CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: start while the kernel before still runs."""
+SCRATCH_POINTERS = 2
+"""Triton's kernels end with two pointers to scratch memory, which ours do not use."""
+DESCRIPTOR_NUMBERS = 4
+"""After a descriptor of two dimensions come its shape and its strides."""
+TENSOR_MAP_BYTES = 128
+TENSOR_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+"""CUtensorMapDataType."""
+L2_PROMOTION_128_BYTES = 2
+"""CU_TENSOR_MAP_L2_PROMOTION_L2_128B."""
+NUMBER_TYPES: dict[str, Any] = {
+    "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64,
+    "fp32": ctypes.c_float,
+}
+
+BoundLaunch: TypeAlias = Callable[..., None]
+"""launch(*numbers): the parameters that change, all of 64 bits, in their order."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("value", ctypes.c_int64 * 8)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+def takes_parameters(compiled: Any, types: Sequence[str]) -> bool:
+    """Whether the compiled kernel has the parameters that `bind` passes for these types.
+
+    Later versions of Triton may pass others.
+    """
+    entry = compiled.asm["ptx"].partition(".visible .entry")[2].partition(")")[0]
+    expected = len(types) + SCRATCH_POINTERS
+    expected += DESCRIPTOR_NUMBERS * sum(name.startswith("tensordesc") for name in types)
+    unused = compiled.metadata.global_scratch_size == compiled.metadata.profile_scratch_size == 0
+    return unused and len(re.findall(r"\.param\b", entry)) == expected
+
+
+def bind(
+    compiled: Any,
+    device: int,
+    grid: tuple[int, int],
+    types: Sequence[str],
+    values: Sequence[Any],
+    num_changing: int,
+) -> BoundLaunch:
+    """A launch on the device's current stream.
+
+    Parameters
+    ----------
+    compiled: Triton's compiled kernel, loaded.
+    types: of its parameters, as in `Variant`, without alignment.
+    values: for the parameters that do not change, the last ones.
+    num_changing: parameters that change, the first ones.
+
+    Raises
+    ------
+    RuntimeError: the driver refuses a descriptor; from the launch: the driver refuses it.
+    """
+    changing: Any = (ctypes.c_uint64 * num_changing)()
+    kept: list[Any] = [changing, *_parameters(compiled, types[num_changing:], values)]
+    addresses = [ctypes.addressof(changing) + 8 * i for i in range(num_changing)]
+    addresses += [ctypes.addressof(parameter) for parameter in kept[1:]]
+    pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+    metadata = compiled.metadata
+    config = _Config((*grid, 1), (32 * metadata.num_warps, 1, 1), metadata.shared)
+    if metadata.launch_pdl:
+        attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
+        config.attributes, config.num_attributes = ctypes.pointer(attribute), 1
+    kept += [pointers, config]
+    reference, function = ctypes.byref(config), ctypes.c_void_p(compiled.function)
+    driver_launch = _driver().cuLaunchKernelEx
+    current_device = torch.cuda.current_device
+    stream_of = triton.runtime.driver.active.get_current_stream
+
+    def launch(*numbers: int) -> None:
+        if current_device() != device:
+            with torch.cuda.device(device):
+                launch(*numbers)
+            return
+        changing[:] = numbers
+        config.stream = stream_of(device)
+        status = driver_launch(reference, function, pointers, None)
+        if status:
+            _raise(status, f"launch of {metadata.name}")
+
+    launch.__dict__["parameters"] = kept  # what the pointers point to
+    return launch
+
+
+def _parameters(compiled: Any, types: Sequence[str], values: Sequence[Any]) -> list[Any]:
+    """The parameters in memory, in the order in which the kernel takes them."""
+    found: list[Any] = []
+    maps = iter(compiled.metadata.tensordesc_meta or ())
+    for name, value in zip(types, values, strict=True):
+        if name.startswith("tensordesc"):
+            found += _descriptor(value, next(maps))
+        else:
+            found.append(NUMBER_TYPES.get(name, ctypes.c_uint64)(value))
+    return found + [ctypes.c_uint64(0)] * SCRATCH_POINTERS
+
+
+def _descriptor(value: TensorDescriptor, encoding: dict[str, Any]) -> list[Any]:
+    """The tensor map of a matrix whose rows are contiguous, then its shape and strides."""
+    item_bytes = value.base.dtype.itemsize
+    rows, columns = value.shape
+    memory = (ctypes.c_char * (2 * TENSOR_MAP_BYTES))()
+    to_aligned = -ctypes.addressof(memory) % TENSOR_MAP_BYTES
+    tensor_map = (ctypes.c_char * TENSOR_MAP_BYTES).from_buffer(memory, to_aligned)
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.byref(tensor_map), TENSOR_MAP_TYPES[value.base.dtype], 2,
+        ctypes.c_void_p(value.base.data_ptr()),
+        (ctypes.c_uint64 * 2)(columns, rows), (ctypes.c_uint64 * 1)(value.strides[0] * item_bytes),
+        (ctypes.c_uint32 * 2)(*reversed(encoding["block_size"])), (ctypes.c_uint32 * 2)(1, 1),
+        0, encoding["swizzle"], L2_PROMOTION_128_BYTES, 0,
+    )  # fmt: skip
+    if status:
+        _raise(status, f"descriptor of {rows} rows of {columns}")
+    numbers = [ctypes.c_int32(rows), ctypes.c_int32(columns)]
+    return [tensor_map, *numbers, *map(ctypes.c_int64, value.strides)]
+
+
+def _driver() -> ctypes.CDLL:
+    """The driver, which torch has loaded."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _raise(status: int, what: str) -> None:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorString(status, ctypes.byref(text))
+    raise RuntimeError(f"{what}: CUDA error {status}: {(text.value or b'unknown').decode()}")
