@@ -1,4 +1,4 @@
-"""ContiguousCache: K and V of a fixed number of tokens and one more, each layer's in one piece; and attention over it.
+"""ContiguousCache: K and V of a fixed number of tokens and one more, in one piece a layer; attention over it.
 
 What a captured decode step without paging would do: no copy of K and V, no mask, the same addresses each time.
 """
