@@ -70,7 +70,8 @@ def test_random_pages_come_back_to_where_they_are_wanted(
 ) -> None:
     stored: dict[int, bytes] = {}
     source, target = random_memory(rng, NUM_SLOTS * SLOT), memory(NUM_SLOTS * SLOT)
-    store.register_memory(source.ctypes.data, source.size)
+    registered = store.register_memory(source.ctypes.data, source.size)
+    assert registered == 0 or store.io_kind.startswith("io_uring")
     for _ in range(6):
         source[:] = rng.integers(0, 256, source.size, dtype=np.uint8)
         slots = rng.permutation(NUM_SLOTS)[: rng.integers(1, NUM_SLOTS + 1)].astype(np.int64)
@@ -85,7 +86,8 @@ def test_random_pages_come_back_to_where_they_are_wanted(
         for i, slot in enumerate(wanted.tolist()):
             assert target[i * SLOT :][:SLOT].tobytes() == stored[slot]
         assert np.all(target[len(wanted) * SLOT :] == POISON)
-    store.unregister_memory(source.ctypes.data, source.size)
+        if rng.integers(3) == 0:
+            store.unregister_memory()
     assert store.num_corrupt == 0
 
 
@@ -255,6 +257,51 @@ def test_what_was_measured_and_cannot_be_had_is_passed_over(
         store = ColdStore(tmp_path / "s", LAYOUT, CAP, "threads", 30.0, way)
     assert store.io_kind.startswith("threads")
     assert "64 io_uring x 1024 KiB was measured, but cannot be had now" in caplog.text
+    store.close()
+
+
+class RefusingEngine:
+    """Registers so many bytes, then meets the limit of locked memory."""
+
+    def __init__(self, most: int) -> None:
+        self.left = most
+        self.ranges: set[tuple[int, int]] = set()
+
+    def register_memory(self, address: int, num_bytes: int) -> tuple[int, int]:
+        taken = min(num_bytes, self.left)
+        self.left -= taken
+        if taken:
+            self.ranges.add((address, taken))
+        return taken, errno.ENOMEM if taken < num_bytes else 0
+
+    def unregister_memory(self, address: int, num_bytes: int) -> None:
+        self.ranges.remove((address, num_bytes))
+
+
+def test_the_limit_of_locked_memory_is_told_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tiermem.store.REGISTER_BYTES", 100)
+    store = ColdStore(tmp_path / "s", LAYOUT, CAP, "auto", 30.0)
+    real, engine = store._engine, RefusingEngine(250)
+    monkeypatch.setattr(store, "_engine", engine)
+    with caplog.at_level("INFO"):
+        assert store.register_memory(1000, 500) == 250
+    assert "250 of 500 bytes of pinned memory registered (Cannot allocate memory)" in caplog.text
+    assert engine.ranges == {(1000, 100), (1100, 100), (1200, 50)}
+    store.unregister_memory()
+    assert engine.ranges == set()
+    monkeypatch.setattr(store, "_engine", real)
+    store.close()
+
+
+def test_a_start_does_not_wait_for_registering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiermem.store.REGISTER_S", 0.0)
+    store = ColdStore(tmp_path / "s", LAYOUT, CAP, "auto", 30.0)
+    pages = memory(SLOT)
+    assert store.register_memory(pages.ctypes.data, SLOT) == 0
     store.close()
 
 

@@ -79,6 +79,11 @@ def build_core(
         undo.callback(mover.free)
         ring = Ring(device, layout, table, pools, store, mover, ring_pages)
         undo.pop_all()
+    if store is not None:
+        # Staging first: everything between GPU and SSD goes through it.
+        warm = [warm_pool.memory] if warm_pool is not None else []
+        for memory in [*mover.staging, *ring.staging, *warm]:
+            store.register_memory(memory.address, memory.num_bytes)
     hot = PoolView(
         hot_pool.memory.tensor.view(TORCH_DTYPES[layout.dtype]),
         layout,

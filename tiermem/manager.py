@@ -397,6 +397,8 @@ class TierManager:
     def _free(self) -> None:
         core = self._core
         core.in_flight.drain()
+        if self._store is not None:
+            self._store.unregister_memory()
         core.mover.free()
         core.ring.free()
         for pool in core.pools.values():

@@ -51,6 +51,11 @@ __all__ = ["INDEX_BYTES", "INDEX_BYTES_PER_SLOT", "ColdStore", "StoreTransfer", 
 
 log = logging.getLogger("tiermem")
 
+REGISTER_BYTES = 1 << 30
+"""Of memory registered with io_uring at once: what the kernel takes."""
+REGISTER_S = 0.5
+"""Registering saves a little of every transfer; a start must not wait for it."""
+
 ENGINE_KINDS = {
     "auto": _core.EngineKind.AUTO,
     "uring": _core.EngineKind.IO_URING,
@@ -115,6 +120,7 @@ class ColdStore:
             os.close(self._lock)
             raise
         self._engine = _open_engine(ENGINE_KINDS[io_engine], options)
+        self._registered: list[tuple[int, int]] = []
         self._generations = np.zeros(self.num_slots, dtype=np.uint64)
         self._roots = np.zeros(self.num_slots, dtype=np.uint64)
         self._published = np.zeros(self.num_slots, dtype=np.bool_)
@@ -256,22 +262,34 @@ class ColdStore:
             self.publish(kept, kept_names)
         return good
 
-    def register_memory(self, address: int, num_bytes: int) -> None:
+    def register_memory(self, address: int, num_bytes: int) -> int:
         """Let the kernel pin memory that pages are often moved from and to once, not for every transfer.
 
-        It must stay mapped until `unregister_memory` or `close`. Where the kernel refuses, pages move without.
+        It must stay mapped until `unregister_memory` or `close`. Returns how many bytes from `address` on it
+        is: pages move as well without. Fewer where the kernel or the limit of locked memory refuses, where
+        it would take longer than REGISTER_S, and none without io_uring.
         """
-        registered, error = self._engine.register_memory(address, num_bytes)
+        start_s = time.monotonic()
+        done = error = 0
+        while done < num_bytes and not error and time.monotonic() < start_s + REGISTER_S:
+            piece = min(REGISTER_BYTES, num_bytes - done)
+            registered, error = self._engine.register_memory(address + done, piece)
+            if registered == 0:
+                break
+            self._registered.append((address + done, registered))
+            done += registered
         if error:
             log.info(
-                "io_uring: %d of %d bytes of pinned memory registered (%s): the rest is looked up for "
-                "every transfer",
-                registered, num_bytes, os.strerror(error),
+                "io_uring: %d of %d bytes of pinned memory registered (%s)",
+                done, num_bytes, os.strerror(error),
             )  # fmt: skip
+        return done
 
-    def unregister_memory(self, address: int, num_bytes: int) -> None:
-        """Undo `register_memory` for what was registered within this range; nothing may be in flight there."""
-        self._engine.unregister_memory(address, num_bytes)
+    def unregister_memory(self) -> None:
+        """Undo every `register_memory`, before the memory is given back; nothing may be in flight there."""
+        for address, num_bytes in self._registered:
+            self._engine.unregister_memory(address, num_bytes)
+        self._registered.clear()
 
     def sync(self) -> None:
         """Return when every page and entry written so far is durable."""

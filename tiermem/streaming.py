@@ -13,7 +13,7 @@ import torch
 
 from tiermem import _core
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, SlotHolds
-from tiermem.device.protocol import Device, Direction, Event, Stream
+from tiermem.device.protocol import Device, Direction, Event, Memory, Stream
 from tiermem.errors import CorruptPageError, TransferError
 from tiermem.layout import SLOT_ALIGN_BYTES, PageLayout, round_up
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
@@ -66,6 +66,11 @@ class Ring:
     def device_bytes(self) -> int:
         """Hot memory beyond the pool, bytes."""
         return self._ring.memory.num_bytes
+
+    @property
+    def staging(self) -> list[Memory]:
+        """Pinned memory beyond the tiers."""
+        return [self._host.memory] if self._host else []
 
     @property
     def host_bytes(self) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
-from tiermem.device.protocol import Device, Direction, Event
+from tiermem.device.protocol import Device, Direction, Event, Memory
 from tiermem.errors import CorruptPageError, TransferError
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
@@ -167,9 +167,14 @@ class Mover:
         self._lanes = _make_lanes(device, layout, staging_pages) if store else {}
 
     @property
+    def staging(self) -> list[Memory]:
+        """Pinned memory beyond the tiers."""
+        return [lane.pool.memory for lane in self._lanes.values()]
+
+    @property
     def staging_bytes(self) -> int:
         """Pinned memory beyond the tiers, bytes."""
-        return sum(lane.pool.memory.num_bytes for lane in self._lanes.values())
+        return sum(memory.num_bytes for memory in self.staging)
 
     def submit(self, ids: Ids, src: Tier, dst: Tier) -> list[Transfer]:
         """Start copying `ids` from `src` to `dst`; the source copies stay.
