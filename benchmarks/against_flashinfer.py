@@ -26,7 +26,6 @@ from tiermem.bench.environment import commit, describe
 from tiermem.bench.kernel_cases import Decode, cases
 from tiermem.bench.kernel_check import check_attention
 from tiermem.bench.kernel_pool import KvField
-from tiermem.bench.recorded import Recorded
 from tiermem.bench.result import (
     GIGA,
     Ceiling,
@@ -41,6 +40,7 @@ from tiermem.bench.result_file import SavedResult
 from tiermem.bench.run import Run, Scale, open_ceilings
 from tiermem.device.discovery import open_device
 from tiermem.layout import PageLayout
+from tiermem.measure.recorded import Recorded
 from tiermem.measure.timing import Samples, time_device
 
 NAME = "against_flashinfer"

@@ -20,11 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
 from tiermem import PageLayout, TierConfig
-from tiermem.bench.recorded import Recorded
 from tiermem.bench.result import Ceiling, Result, Subject, measured
 from tiermem.cli.model_files import random_model
 from tiermem.errors import InvariantError
 from tiermem.integrations.transformers import TieredCache
+from tiermem.measure.recorded import Recorded
 from tiermem.model_shape import ModelShape, TierSizes
 from tiermem.units import Size, SizeKind
 
@@ -77,10 +77,8 @@ def compare(place: Place) -> Iterator[Result]:
         "transformers' dynamic cache, eager": [1 / seconds for seconds in dynamic_s],
     }
     for name, values in rates.items():
-        given = (
-            {**parameters, "attention": backend} if name.startswith("contiguous") else parameters
-        )
-        yield measured(Subject(NAME, name, given, "tokens/s"), values, bound)
+        note = backend if name.startswith("contiguous") else ""
+        yield measured(Subject(NAME, name, parameters, "tokens/s", note=note), values, bound)
     aims = not place.is_quick
     contiguous = Ceiling("contiguous KV and torch SDPA, captured", _median(captured_s) ** -1)
     subject = Subject(

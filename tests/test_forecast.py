@@ -13,7 +13,16 @@ from tiermem.errors import ConfigError
 from tiermem.forecast import Forecast, Hardware, Request, WeightFormat, find_model, predict
 from tiermem.forecast.hardware import complete, machine_profiles
 from tiermem.forecast.models import from_config
-from tiermem.forecast.speed import Device, Limit, Mode, Work, prefill_time, step_time
+from tiermem.forecast.speed import (
+    FUSED,
+    TRANSFORMERS,
+    Device,
+    Limit,
+    Mode,
+    Work,
+    prefill_time,
+    step_time,
+)
 from tiermem.forecast.weights import BITS, bits_that_fit, bytes_at, bytes_read, num_parameters
 from tiermem.model_shape import ModelShape
 from tiermem.profiles import hardware_profiles
@@ -30,8 +39,8 @@ LLAMA = {
 # Round figures, so that times can be worked out in one's head.
 ROUND = Rates(
     hbm_read=1e12, matmul=1e14, link_to_device=1e10, link_to_host=1e10, disk_read=1e9,
-    linear_read=1e12, decode_read=5e11, prefill=5e13, attend_s=1e-5, kernel_s=1e-6,
-    launch_s=5e-6, step_s=1e-4, layer_s=5e-5,
+    linear_read=1e12, decode_read=5e11, prefill=5e13, attend_s=1e-5,
+    product_s=3e-6, kernel_s=1e-6, queued_kernel_s=3e-6, launch_s=5e-6, step_s=1e-4, layer_s=5e-5,
 )  # fmt: skip
 
 
@@ -160,7 +169,7 @@ def test_a_size_that_cannot_be_is_refused() -> None:
 
 def work(**changes: Any) -> Work:
     values = {
-        "batch": 1, "num_layers": 10, "weight_bytes": 2 * 10**10, "parameters": 10**10,
+        "program": FUSED, "batch": 1, "num_layers": 10, "weight_bytes": 2 * 10**10, "parameters": 10**10,
         "kv_bytes": 10**10,
     }  # fmt: skip
     return Work(**{**values, **changes})
@@ -168,28 +177,30 @@ def work(**changes: Any) -> Work:
 
 def test_a_resident_step_worked_out_by_hand() -> None:
     step = step_time(Mode.RESIDENT, work(), ROUND)
-    # 20 GB at 1 TB/s; 10 GB at 0.5 TB/s and 10 x 10 us; 10 x 12 x 1 us; the host needs 100 us
+    # 20 GB at 1 TB/s; 10 GB at 0.5 TB/s and 10 x 10 us; 10 x (4 x 3 + 14 x 1) us; the host 100 us
     assert step.weights_s == pytest.approx(20e-3)
     assert step.compute_s == pytest.approx(2 * 1e10 / 1e14)
     assert step.attention_s == pytest.approx(20e-3 + 1e-4)
-    assert step.kernels_s == pytest.approx(1.2e-4)
-    assert step.total_s == pytest.approx(1e-4 + 20e-3 + 20.1e-3 + 0.12e-3)
-    assert step.tokens_per_s == pytest.approx(1 / 40.32e-3)
+    assert step.kernels_s == pytest.approx(2.6e-4)
+    assert step.total_s == pytest.approx(1e-4 + 20e-3 + 20.1e-3 + 0.26e-3)
+    assert step.tokens_per_s == pytest.approx(1 / 40.46e-3)
     assert step.limit is Limit.HBM
 
 
 def test_a_large_batch_is_bound_by_products() -> None:
     step = step_time(Mode.RESIDENT, work(batch=1000), ROUND)
     assert step.compute_s == pytest.approx(0.2)
-    assert step.total_s == pytest.approx(1e-4 + 0.2 + 20.1e-3 + 0.12e-3)
+    assert step.total_s == pytest.approx(1e-4 + 0.2 + 20.1e-3 + 0.26e-3)
     assert step.limit is Limit.COMPUTE
-    assert step.tokens_per_s == pytest.approx(1000 / 0.22032)
+    assert step.tokens_per_s == pytest.approx(1000 / 0.22046)
 
 
 def test_a_small_model_launched_one_by_one_is_bound_by_the_host() -> None:
     small = work(weight_bytes=10**7, parameters=10**7, kv_bytes=10**6)
     step = step_time(Mode.EAGER, small, ROUND)
-    assert step.host_s == pytest.approx(10 * (5e-5 + 20 * 5e-6))
+    assert step.host_s == pytest.approx(10 * (5e-5 + 25 * 5e-6))
+    # 4 + 3 + 14 kernels take 2 us longer by themselves
+    assert step.kernels_s == pytest.approx(10 * (12e-6 + 14e-6 + 21 * 2e-6))
     assert step.total_s == step.step_s + step.host_s
     assert step.limit is Limit.LAUNCH
     assert step_time(Mode.RESIDENT, small, ROUND).total_s < step.total_s
@@ -218,6 +229,15 @@ def test_prefill_worked_out_by_hand() -> None:
     assert seconds == pytest.approx(0.2 + 2e10 / 5e13)
     slow = prefill_time(work(streamed_bytes=10**10), 1000, 1000, ROUND)
     assert slow == pytest.approx(1.0)
+
+
+def test_a_loop_of_transformers_costs_more_than_a_plain_one() -> None:
+    plain = ask("h200", program=FUSED)
+    assert ask("h200").request.program is TRANSFORMERS
+    assert ask("h200").tokens_per_s < plain.tokens_per_s
+    eager = [step.tokens_per_s for step in ask("h200").modes if step.mode is Mode.EAGER]
+    # transformers' own cache, launched eagerly, decodes 16 tokens/s with this context
+    assert 12 < eager[0] < 25
 
 
 def test_modes_follow_from_where_k_and_v_lie() -> None:

@@ -25,11 +25,12 @@ class Rates:
     ram_read_one, ram_read, ram_copy: host memory, read by one thread, by all; copied by all, read and written.
     disk_read, disk_write: direct I/O of large blocks where the cold tier would be.
     matmul: FLOP/s of large products in half precision (in float32 without a GPU).
-    linear_read: weights read by a product with one row, as in decoding.
+    linear_read: weights read by products with one row, as in decoding. product_s: GPU time of one such product
+        besides reading.
     decode_read: K and V read by decode attention. prefill: FLOP/s of prefill attention.
     attend_s: GPU time of one layer's decode attention over next to nothing.
-    kernel_s: GPU time of a kernel that does next to nothing, in a CUDA graph. launch_s: host time to launch it
-        without a graph.
+    kernel_s, queued_kernel_s: GPU time of a kernel that does next to nothing, in a CUDA graph and launched by
+        itself. launch_s: host time to launch it by itself.
     step_s: host time to enter and leave a step of one sequence. layer_s: host time of one append and attend.
     """
 
@@ -48,7 +49,9 @@ class Rates:
     decode_read: float | None = None
     prefill: float | None = None
     attend_s: float | None = None
+    product_s: float | None = None
     kernel_s: float | None = None
+    queued_kernel_s: float | None = None
     launch_s: float | None = None
     step_s: float | None = None
     layer_s: float | None = None

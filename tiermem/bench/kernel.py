@@ -10,11 +10,11 @@ from tiermem.attention.backend import AttentionBackend, backend_for
 from tiermem.bench.kernel_cases import Decode, Heads, cases, prefills
 from tiermem.bench.kernel_check import check_attention, check_stored
 from tiermem.bench.kernel_pool import KvField
-from tiermem.bench.recorded import Recorded
 from tiermem.bench.result import GIGA, Ceiling, Parameters, Result, Subject, measured, rates
 from tiermem.bench.run import Run, Scale
 from tiermem.bench.sdpa import best_sdpa
 from tiermem.layout import PageLayout
+from tiermem.measure.recorded import Recorded
 from tiermem.measure.timing import Samples, time_device
 
 NAME = "kernel"

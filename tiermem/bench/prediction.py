@@ -18,7 +18,7 @@ from tiermem.device.host import host_total_bytes
 from tiermem.errors import InvariantError
 from tiermem.forecast import Forecast, Hardware, Request, predict
 from tiermem.forecast.hardware import complete
-from tiermem.forecast.speed import Mode
+from tiermem.forecast.speed import FUSED, Mode
 from tiermem.graphs import CapturedDecode
 from tiermem.layout import PageLayout
 from tiermem.manager import TierManager
@@ -122,7 +122,7 @@ def _predict(
     slot = layout.slot_bytes
     return predict(
         Request(
-            shape, context,
+            shape, context, program=FUSED,
             gpu=case.hot_pages * slot, ram=case.warm_pages * slot, ssd=0,
         ),
         hardware,

@@ -71,7 +71,7 @@ def _table(benchmark: str, results: Sequence[Result]) -> Table:
 
 def _row(result: Result) -> tuple[str, ...]:
     subject, figures = result.subject, result.figures
-    parameters = parameters_text(subject.parameters)
+    parameters = "; ".join(filter(None, (parameters_text(subject.parameters), subject.note)))
     if figures is None:
         return (subject.name, parameters, "skipped", "", "", "", "", "")
     share = result.percent_of_ceiling

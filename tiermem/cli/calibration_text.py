@@ -31,7 +31,9 @@ _BYTES = (
 _FLOPS = (("matmul", "matrix products"), ("prefill", "prefill attention"))
 _TIMES = (
     ("attend_s", "shortest attention"),
+    ("product_s", "product, besides reading"),
     ("kernel_s", "kernel in a graph"),
+    ("queued_kernel_s", "kernel by itself"),
     ("launch_s", "launch of a kernel"),
     ("step_s", "step, enter and leave"),
     ("layer_s", "append and attend"),

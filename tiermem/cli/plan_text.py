@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from tiermem.cli.human import NOTHING, count_text, duration_text, rate_text, time_text
 from tiermem.cli.table import Align, Table, pairs, printable
 from tiermem.forecast.answer import Forecast
-from tiermem.forecast.speed import LAUNCHES, SMALL_KERNELS, Limit, StepTime
+from tiermem.forecast.speed import Limit, Mode, StepTime
 from tiermem.forecast.weights import BITS, bytes_read, num_parameters
 from tiermem.model_shape import ModelShape
 
@@ -174,10 +174,13 @@ def _sums(found: Forecast) -> Iterator[str]:
         f"  attention: {gb_text(step.work.kv_bytes)} of K and V at {_rate(rates['decode_read'])} + "
         f"{shape.num_layers} layers x {time_text(rates['attend_s'])} = {time_text(step.attention_s)}"
     )
+    program = step.work.program
     yield (
-        f"  other kernels: {shape.num_layers} layers x {SMALL_KERNELS} x {time_text(rates['kernel_s'])}"
-        f" = {time_text(step.kernels_s)}; on the GPU together {time_text(step.gpu_s)}"
+        f"  besides, in each of {shape.num_layers} layers: {program.products} products x "
+        f"{time_text(rates['product_s'])} + {program.small_kernels} small kernels x "
+        f"{time_text(rates['kernel_s'])}{_gaps(step)} = {time_text(step.kernels_s)}"
     )
+    yield f"  on the GPU together {time_text(step.gpu_s)}"
     yield from _other_sums(step, rates, shape.num_layers)
 
 
@@ -196,9 +199,13 @@ def _other_sums(step: StepTime, rates: dict[str, float], num_layers: int) -> Ite
     if step.host_s:
         yield (
             f"  host, {meanwhile}: {num_layers} layers x ({time_text(rates['layer_s'])} + "
-            f"{LAUNCHES} launches x {time_text(rates['launch_s'])}) = {time_text(step.host_s)}"
+            f"{step.work.program.launches} launches x {time_text(rates['launch_s'])}) = {time_text(step.host_s)}"
         )
     yield f"  host, before: to plan and end a step, {time_text(rates['step_s'])}"
+
+
+def _gaps(step: StepTime) -> str:
+    return "" if step.mode is Mode.RESIDENT else ", and what every launch by itself takes longer,"
 
 
 def _rate(num_bytes: float) -> str:

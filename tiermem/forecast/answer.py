@@ -8,7 +8,17 @@ from tiermem.config import TierConfig
 from tiermem.errors import ConfigError
 from tiermem.forecast.budget import COLD, HOT, NOWHERE, Budget, make_budget
 from tiermem.forecast.hardware import Hardware
-from tiermem.forecast.speed import Device, Limit, Mode, StepTime, Work, prefill_time, step_time
+from tiermem.forecast.speed import (
+    TRANSFORMERS,
+    Device,
+    Limit,
+    Mode,
+    Program,
+    StepTime,
+    Work,
+    prefill_time,
+    step_time,
+)
 from tiermem.forecast.weights import (
     BITS,
     FEW_BITS,
@@ -31,7 +41,7 @@ MAX_BATCH = 1 << 16
 class Request:
     """What is asked. context: tokens of each of `batch` sequences. dtype: of K and V; None for the model's.
 
-    gpu, ram, ssd: sizes of the tiers as TierConfig takes them; None for the profile's.
+    gpu, ram, ssd: sizes of the tiers as TierConfig takes them; None for the profile's. program: what decodes.
 
     Raises
     ------
@@ -47,6 +57,7 @@ class Request:
     gpu: SizeLike | None = None
     ram: SizeLike | None = None
     ssd: SizeLike | None = None
+    program: Program = TRANSFORMERS
 
     def __post_init__(self) -> None:
         for key, value, most in (
@@ -220,6 +231,7 @@ def _weight_room(budget: Budget, layout: PageLayout, batch: int) -> int:
 def _work(request: Request, budget: Budget, streamed: int = 0, cold: int = 0) -> Work:
     shape = request.shape
     return Work(
+        program=request.program,
         batch=request.batch,
         num_layers=shape.num_layers,
         weight_bytes=bytes_read(shape, BITS[request.weights]),

@@ -18,7 +18,10 @@ ASSUMED_SHARE = {"linear_read": 0.90, "decode_read": 0.90}
 """Of the memory's read rate, where it was not measured."""
 ASSUMED_PREFILL_SHARE = 0.5
 """Of the rate of large products, where attention in prefill was not measured."""
-ASSUMED = Rates(attend_s=8e-6, kernel_s=2.5e-6, launch_s=6e-6, step_s=150e-6, layer_s=30e-6)
+ASSUMED = Rates(
+    attend_s=8e-6, product_s=2e-6, kernel_s=1.5e-6, queued_kernel_s=2.5e-6, launch_s=6e-6,
+    step_s=150e-6, layer_s=30e-6,
+)  # fmt: skip
 """Costs of launches where they were not measured: what tiermem aims at, and what GPUs of these years need."""
 NEEDED = ("hbm_read", "matmul", "link_to_device", "link_to_host", "disk_read")
 FIRST_WITH_BFLOAT16 = (8, 0)

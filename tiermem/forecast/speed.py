@@ -1,6 +1,7 @@
 """Speed: how long a decode step takes, from what it reads and how fast this is read.
 
-Weights, K and V, small kernels: t_gpu = max(W / B_linear, 2 P b / F) + S / B_attend + L (n t_kernel + t_attend).
+t_gpu = max(W / B_linear, 2 P b / F) + S / B_attend + L (p t_product + n t_kernel + t_attend): weights, K and V,
+and what every product, small kernel and attention costs besides; more where each is launched by itself.
 With everything resident and replayed as a CUDA graph, t = t_step + t_gpu: the host plans a step, then starts it.
 Launched one by one, t = t_step + max(t_gpu, t_host), t_host = L (t_layer + m t_launch).
 X bytes of K and V that are not on the GPU stream meanwhile, t = t_step + max(t_gpu, X / B_link, t_host);
@@ -16,10 +17,27 @@ from enum import Enum
 
 from tiermem.rates import Rates
 
-SMALL_KERNELS = 12
-"""Kernels of a decode step per layer, beside products and attention: norms, rotation, activation, additions."""
-LAUNCHES = 20
-"""Operations that a loop launches per layer beside `append` and `attend`."""
+ATTENTION_KERNELS = 3
+"""Storing the new token, attention, merging."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What a decode step launches in each layer.
+
+    products: matrix products. small_kernels: norms, rotation, activation, additions. launches: what all of this
+    costs the host where nothing is captured, in launches of one kernel, without `append` and `attend`.
+    """
+
+    products: int
+    small_kernels: int
+    launches: int
+
+
+TRANSFORMERS = Program(products=7, small_kernels=30, launches=140)
+"""A Llama of transformers; its modules cost the host 45 ms for 62 layers, where a launch takes 5.2 µs."""
+FUSED = Program(products=4, small_kernels=14, launches=25)
+"""A plain loop with q, k and v in one product, gate and up in another, and norms in one kernel each."""
 
 
 class Mode(Enum):
@@ -56,10 +74,11 @@ class Limit(Enum):
 class Work:
     """What a decode step of `batch` sequences does.
 
-    weight_bytes: read of the weights. parameters: multiplied. kv_bytes: all K and V of the sequences;
-    of them streamed_bytes are not on the GPU and cold_bytes of these on the SSD.
+    program: what it launches. weight_bytes: read of the weights. parameters: multiplied. kv_bytes: all K and V
+    of the sequences; of them streamed_bytes are not on the GPU and cold_bytes of these on the SSD.
     """
 
+    program: Program
     batch: int
     num_layers: int
     weight_bytes: int
@@ -122,8 +141,12 @@ class StepTime:
 def step_time(mode: Mode, work: Work, rates: Rates, device: Device = Device.GPU) -> StepTime:
     """The time of one decode step; `rates` must be complete."""
     known = rates.to_table()
-    layers = work.num_layers
-    eager = layers * (known["layer_s"] + LAUNCHES * known["launch_s"]) if _is_eager(mode) else 0.0
+    layers, program = work.num_layers, work.program
+    captured = mode is Mode.RESIDENT
+    gap_s = 0.0 if captured else max(known["queued_kernel_s"] - known["kernel_s"], 0.0)
+    heavy = program.products + ATTENTION_KERNELS
+    small_s = program.products * known["product_s"] + program.small_kernels * known["kernel_s"]
+    launch_s = known["layer_s"] + program.launches * known["launch_s"]
     return StepTime(
         mode=mode,
         batch=work.batch,
@@ -132,9 +155,9 @@ def step_time(mode: Mode, work: Work, rates: Rates, device: Device = Device.GPU)
         weights_s=work.weight_bytes / known["linear_read"],
         compute_s=2 * work.parameters * work.batch / known["matmul"],
         attention_s=work.kv_bytes / known["decode_read"] + layers * known["attend_s"],
-        kernels_s=layers * SMALL_KERNELS * known["kernel_s"],
+        kernels_s=layers * (small_s + (heavy + program.small_kernels) * gap_s),
         step_s=known["step_s"],
-        host_s=eager,
+        host_s=0.0 if captured else layers * launch_s,
         link_s=work.streamed_bytes / known["link_to_device"],
         disk_s=work.cold_bytes / known["disk_read"],
     )
@@ -152,8 +175,3 @@ def prefill_time(work: Work, context: int, q_width: int, rates: Rates) -> float:
     attention = 2.0 * work.batch * work.num_layers * q_width * context * context  # 4, causal: half
     computed = products / known["matmul"] + attention / known["prefill"]
     return max(computed, work.streamed_bytes / known["link_to_host"])
-
-
-def _is_eager(mode: Mode) -> bool:
-    """A captured graph has fixed tables: it needs everything resident."""
-    return mode is not Mode.RESIDENT

@@ -19,18 +19,20 @@ from tiermem.device.copy_rates import CopyMethod
 from tiermem.device.cpu import CpuDevice
 from tiermem.device.host import host_free_bytes
 from tiermem.device.protocol import Addresses, Device, DeviceKind, Direction, Memory
+from tiermem.measure.products import ProductCosts, product_costs
 from tiermem.measure.timing import time_device, time_host
 
 LINK_WAYS = (Direction.HOST_TO_DEVICE, Direction.DEVICE_TO_HOST)
 
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 
+ROW = 1 << 14
+"""Elements of 8 bytes in a row."""
 GPU_REDUCTIONS: dict[str, Reduction] = {
     "sum of float64": lambda data: data.view(torch.float64).sum(),
-    "largest float64": lambda data: data.view(torch.float64).amax(),
-    "sum of int64": lambda data: data.view(torch.int64).sum(),
-    "largest int64": lambda data: data.view(torch.int64).amax(),
-    "sums of rows of float64": lambda data: data.view(torch.float64).view(-1, 1 << 13).sum(1),
+    "sums of rows of float64": lambda data: data.view(torch.float64).view(-1, ROW).sum(1),
+    "sums of rows of int64": lambda data: data.view(torch.int64).view(-1, ROW).sum(1),
+    "largest of rows of float64": lambda data: data.view(torch.float64).view(-1, ROW).amax(1),
 }
 """Ways to read everything once; which is fastest depends on the GPU and on torch's version. Of 8 bytes an element,
 so that 8 GiB are one launch: more elements than 32 bits can index are split."""
@@ -42,7 +44,7 @@ CPU_REDUCTIONS: dict[str, Reduction] = {
 
 PASSES = 4
 """A timed run reads or copies the GPU's buffer so often, back to back, so that its start does not count."""
-ROW_BYTES = 1 << 16
+ROW_BYTES = 8 * ROW
 """Sizes are multiples of this, a row of the reduction by rows."""
 PATTERN = 0x3F
 """Every byte of what is read: no zeros, NaN or denormal numbers in any type."""
@@ -52,13 +54,6 @@ CPU_MATRIX_SIDE = {2: 256, 4: 1024}
 """Rows and columns of the square matrices, by bytes an element."""
 MATRIX_PRODUCTS = 8
 """In one timed run, back to back."""
-
-
-LINEAR_SHAPE = (19200, 7168)
-"""Output and input features of the weights that `linear_read_rate` reads: the MLP of a 33B model."""
-LEAST_LINEAR_SHAPE = (4096, 2048)
-"""The same where the buffer is small."""
-MOST_LINEARS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +91,7 @@ class Ceilings:
         self._device = device
         self._effort = effort
         self._known: dict[tuple[object, ...], float] = {}
+        self._products: dict[torch.dtype, ProductCosts] = {}
         on_gpu = device.kind is DeviceKind.CUDA
         self._reductions = GPU_REDUCTIONS if on_gpu else CPU_REDUCTIONS
         self._hot = device.allocate(
@@ -188,9 +184,13 @@ class Ceilings:
         """FLOP/s of products of large square matrices of random numbers."""
         return self._once("matmul", dtype, measure=lambda: self._measure_matmul(dtype))
 
-    def linear_read_rate(self, dtype: torch.dtype) -> float:
-        """Bytes/s at which products with one row read their weights, as in decoding a token."""
-        return self._once("linear", dtype, measure=lambda: self._measure_linear(dtype))
+    def product_costs(self, dtype: torch.dtype) -> ProductCosts:
+        """What the products of decoding cost, which read weights to multiply them with one row."""
+        if dtype not in self._products:
+            self._products[dtype] = product_costs(
+                self._device, self._hot.tensor, dtype, self._effort.repeats
+            )
+        return self._products[dtype]
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -268,27 +268,6 @@ class Ceilings:
 
         samples = time_device(self._device, run, self._effort.repeats, warmups=2)
         return MATRIX_PRODUCTS * 2 * side**3 / samples.median_s
-
-    def _measure_linear(self, dtype: torch.dtype) -> float:
-        weights = self._weights(dtype)
-        row = torch.ones(1, weights.shape[2], dtype=dtype, device=self._device.torch_device)
-
-        def run() -> None:
-            for weight in weights:
-                torch.nn.functional.linear(row, weight)
-
-        samples = time_device(self._device, run, self._effort.repeats, warmups=2)
-        return weights.numel() * dtype.itemsize / samples.median_s
-
-    def _weights(self, dtype: torch.dtype) -> torch.Tensor:
-        """Hot memory as (matrices, output features, input features)."""
-        data = self._hot.tensor.view(dtype)
-        fits = LINEAR_SHAPE[0] * LINEAR_SHAPE[1] * 2 <= data.numel()
-        rows, columns = LINEAR_SHAPE if fits else LEAST_LINEAR_SHAPE
-        count = min(data.numel() // (rows * columns), MOST_LINEARS)
-        if count == 0:
-            rows, columns, count = 1, data.numel(), 1
-        return data[: count * rows * columns].view(count, rows, columns)
 
 
 def link_rate(device: Device, direction: Direction) -> float:

@@ -6,8 +6,11 @@ import torch
 
 from tiermem.device.protocol import Device, DeviceKind, Direction
 from tiermem.measure.ceilings import Ceilings
-from tiermem.measure.launches import kernel_time_s, launch_time_s
+from tiermem.measure.launches import kernel_time_s, launch_time_s, queued_kernel_time_s
 from tiermem.rates import Rates
+
+LEAST_S = 1e-9
+"""The shortest time that rates hold."""
 
 
 def ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
@@ -15,6 +18,7 @@ def ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
     on_gpu = device.kind is DeviceKind.CUDA
     threads = torch.get_num_threads()
     dtype = torch.float16 if on_gpu else torch.float32
+    products = ceilings.product_costs(dtype)
     return Rates(
         link_to_device=ceilings.link_rate(Direction.HOST_TO_DEVICE),
         link_to_host=ceilings.link_rate(Direction.DEVICE_TO_HOST),
@@ -25,7 +29,9 @@ def ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
         ram_read=ceilings.ram_read_rate(threads),
         ram_copy=ceilings.ram_copy_rate(threads),
         matmul=ceilings.matmul_rate(dtype),
-        linear_read=ceilings.linear_read_rate(dtype),
+        linear_read=products.read_rate,
+        product_s=max(products.each_s, LEAST_S) if on_gpu else None,
         kernel_s=kernel_time_s(device, ceilings.repeats),
+        queued_kernel_s=queued_kernel_time_s(device, ceilings.repeats),
         launch_s=launch_time_s(device, ceilings.repeats),
     )
