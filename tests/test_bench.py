@@ -40,7 +40,7 @@ ENVIRONMENT = {"cpu": "a CPU", "cores": 2, "gpu": None, "os": "Linux", "tiermem"
 LINE = {
     "benchmark", "name", "parameters", "unit", "better", "median", "p5", "p95", "repeats",
     "percent_of_ceiling", "ceiling", "ceiling_name", "target_percent", "budget",
-    "percent_of_budget", "skipped", "commit", "environment",
+    "percent_of_budget", "skipped", "note", "commit", "environment",
 }  # fmt: skip
 
 
@@ -174,7 +174,8 @@ def test_without_room_on_the_disk_nothing_is_written(
 ) -> None:
     usage = disk.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=10 << 20))
-    monkeypatch.setattr(disk, "measure_raw", lambda *_: pytest.fail("wrote"))
+    monkeypatch.setattr(disk, "measure_disk", lambda *_, **__: pytest.fail("wrote"))
+    monkeypatch.setattr(disk, "DiskCeiling", lambda *_: pytest.fail("wrote"))
     ran = cli("bench", "disk", *QUICK, "--ssd-path", tmp_path)
     assert ran.code == 2
     assert "10485760 bytes are free" in ran.err

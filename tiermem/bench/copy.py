@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -121,8 +121,9 @@ class CopyField:
             f"one large copy, {way.value}", self._bench.ceilings.link_rate(way) / GIGA
         )
         subject = Subject(
-            NAME, "one way", parameters, "GB/s", target_percent=self._bench.aim(target)
-        )
+            NAME, "one way", parameters, "GB/s", target_percent=self._bench.aim(target),
+            note=self._method(piece, [way], 1 if pattern is Pattern.SCATTERED else RUN_SLOTS),
+        )  # fmt: skip
         return measured(subject, values, ceiling)
 
     def two_ways(self, piece: int, target: float) -> Result:
@@ -143,11 +144,21 @@ class CopyField:
             "one large copy each way at once", self._bench.ceilings.two_way_link_rate() / GIGA
         )
         subject = Subject(
-            NAME, "two ways", parameters, "GB/s", target_percent=self._bench.aim(target)
-        )
+            NAME, "two ways", parameters, "GB/s", target_percent=self._bench.aim(target),
+            note=self._method(piece, WAYS, 1),
+        )  # fmt: skip
         return measured(subject, values, ceiling)
 
     # ---- inside ------------------------------------------------------------------------------------
+
+    def _method(self, piece: int, ways: Sequence[Direction], run_length: int) -> str:
+        """The way of copying that the device chooses; nothing where it has but one."""
+        device = self._device
+        if not isinstance(device, MeasurableDevice) or device.copy_rates is None:
+            return ""
+        rates = device.copy_rates
+        names = [rates.best(way, piece, run_length, busy=len(ways) > 1).value for way in ways]
+        return ", ".join(dict.fromkeys(names))
 
     def _batch(self, pattern: Pattern, piece: int, way: Direction, num_bytes: int) -> Batch:
         slots = num_bytes // piece

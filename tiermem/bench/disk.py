@@ -11,18 +11,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tiermem.bench.disk_ceiling import RawRates, measure_raw
+from tiermem._core import IoDirection
+from tiermem.bench.disk_ceiling import DiskCeiling
 from tiermem.bench.result import GIGA, Ceiling, Parameters, Result, Subject, measured, rates
 from tiermem.bench.run import Run, Scale
 from tiermem.device.protocol import Memory
+from tiermem.disk_rates import DiskOptions, measure_disk
 from tiermem.errors import ConfigError, CorruptPageError
 from tiermem.layout import PageLayout
-from tiermem.measure.timing import Samples, time_host
+from tiermem.measure.timing import Work, time_host
 from tiermem.store import ColdStore, StoreTransfer
 
 NAME = "disk"
 TARGET = 95.0
 TIMEOUT_S = 120.0
+FULL_SECONDS = 8.0
+"""In which ways of reading and writing are compared."""
 SPARE_BYTES = 64 << 20
 """Beyond the slots: the index, and something for everybody else on the disk."""
 SLOT_EXTRA = 8192
@@ -49,13 +53,17 @@ def run(bench: Run) -> Iterator[Result]:
     _check_room(bench.directory, total, min(layouts))
     memory = bench.device.allocate_host(total)
     try:
+        bench.progress("disk: which way of reading and writing suits it")
+        options = _best_way(bench, total)
         bench.progress("disk: raw direct I/O")
-        with _own_directory(bench.directory) as path:
-            raw = measure_raw(path / "raw", memory, bench.scale)
-        for num_layers in layouts:
-            layout = PageLayout(num_layers, 8, 128, "float16", 64)
-            with _own_directory(bench.directory) as path:
-                yield from _StoreRows(bench, layout, memory, raw).rows(path / "store")
+        with (
+            _own_directory(bench.directory) as path,
+            DiskCeiling(path / "raw", memory, bench.scale) as ceiling,
+        ):
+            for num_layers in layouts:
+                layout = PageLayout(num_layers, 8, 128, "float16", 64)
+                rows = _StoreRows(bench, layout, memory, ceiling, options)
+                yield from rows.rows(path / f"store of {num_layers} layers")
     finally:
         memory.free()
 
@@ -63,42 +71,62 @@ def run(bench: Run) -> Iterator[Result]:
 class _StoreRows:
     """Writes and reads of one page size."""
 
-    def __init__(self, bench: Run, layout: PageLayout, memory: Memory, raw: RawRates) -> None:
+    def __init__(
+        self,
+        bench: Run,
+        layout: PageLayout,
+        memory: Memory,
+        ceiling: DiskCeiling,
+        options: DiskOptions | None,
+    ) -> None:
         self._bench = bench
         self._layout = layout
         self._memory = memory
-        self._raw = raw
+        self._ceiling = ceiling
+        self._options = options
         num_pages = memory.num_bytes // layout.slot_bytes
         self._slots = np.random.default_rng(layout.num_layers).permutation(num_pages)
         self._at = memory.address + np.arange(num_pages, dtype=np.int64) * layout.slot_bytes
-        self._repeats = min(bench.repeats, 4)
+        self._repeats = 3
 
     def rows(self, path: Path) -> Iterator[Result]:
         """A row for writing and one for reading."""
         layout, pages = self._layout, len(self._slots)
         cap_bytes = pages * (layout.slot_bytes + SLOT_EXTRA) + SPARE_BYTES // 2
-        store = ColdStore(path, layout, cap_bytes, "auto", TIMEOUT_S)
+        store = ColdStore(path, layout, cap_bytes, "auto", TIMEOUT_S, self._options)
+        note = str(self._options) if self._options else store.io_kind
         try:
+            store.register_memory(self._memory.address, self._memory.num_bytes)
             _fill(self._memory, layout.num_layers)
             self._bench.progress(f"disk: writing pages of {layout.slot_bytes >> 10} KiB")
             # the run before those that count meets extents that were never written
-            written = time_host(lambda: self._write(store), self._repeats)
-            yield self._row("write", store, written, self._raw.write, self._raw.write_name)
+            yield self._row(IoDirection.WRITE, note, lambda: self._write(store))
             self._bench.progress(f"disk: reading pages of {layout.slot_bytes >> 10} KiB")
-            read = time_host(lambda: self._read(store), self._repeats, prepare=self._poison)
+            result = self._row(IoDirection.READ, note, lambda: self._read(store))
             _check(self._memory, layout.num_layers)
-            yield self._row("read", store, read, self._raw.read, self._raw.read_name)
+            yield result
         finally:
             store.close()
+            shutil.rmtree(path)  # two stores at once are not accounted for
 
-    def _row(
-        self, way: str, store: ColdStore, samples: Samples, ceiling: float, ceiling_name: str
-    ) -> Result:
+    def _row(self, way: IoDirection, note: str, run: Work) -> Result:
+        """Runs in turns with raw loops over another file."""
+
+        def prepare() -> None:
+            self._ceiling.turn(way)
+            if way is IoDirection.READ:
+                self._memory.tensor.fill_(POISON)
+
+        self._ceiling.restart(way)
+        samples = time_host(run, self._repeats, prepare=prepare)
         num_bytes = len(self._slots) * self._layout.slot_bytes
-        parameters: Parameters = {"way": way, "page_bytes": self._layout.slot_bytes, "total_bytes": num_bytes,
-                      "engine": store.io_kind}  # fmt: skip
-        subject = Subject(NAME, "pages", parameters, "GB/s", target_percent=self._bench.aim(TARGET))
-        return measured(subject, rates(samples, num_bytes), Ceiling(ceiling_name, ceiling / GIGA))
+        name, rate = self._ceiling.best(way)
+        parameters: Parameters = {
+            "way": way.name.lower(), "page_bytes": self._layout.slot_bytes, "total_bytes": num_bytes,
+        }  # fmt: skip
+        aim = self._bench.aim(TARGET)
+        subject = Subject(NAME, "pages", parameters, "GB/s", target_percent=aim, note=note)
+        return measured(subject, rates(samples, num_bytes), Ceiling(name, rate / GIGA))
 
     def _write(self, store: ColdStore) -> None:
         for _ in self._transfer(
@@ -126,8 +154,12 @@ class _StoreRows:
                 transfer.wait()
             yield transfer
 
-    def _poison(self) -> None:
-        self._memory.tensor.fill_(POISON)
+
+def _best_way(bench: Run, total: int) -> DiskOptions | None:
+    """The way that `tiermem calibrate` would choose; None, the engine's own choice, in a quick run."""
+    if bench.scale is Scale.QUICK:
+        return None
+    return measure_disk(bench.directory, num_bytes=total, seconds=FULL_SECONDS).choose()
 
 
 def _size(part: slice) -> int:
@@ -136,7 +168,8 @@ def _size(part: slice) -> int:
 
 def _check_room(directory: Path, total: int, fewest_layers: int) -> None:
     slot_bytes = PageLayout(fewest_layers, 8, 128, "float16", 64).slot_bytes
-    wanted = total + total // slot_bytes * SLOT_EXTRA + SPARE_BYTES
+    store_bytes = total + total // slot_bytes * SLOT_EXTRA
+    wanted = total + store_bytes + SPARE_BYTES  # the store beside the raw file
     try:
         free = shutil.disk_usage(directory).free
     except OSError as error:

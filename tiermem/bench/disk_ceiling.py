@@ -1,107 +1,141 @@
-"""DiskCeiling: the best rate of raw reads and writes of one file, whatever the engine and the block."""
+"""DiskCeiling: the best plain loop of raw reads or writes over one file, in turns with what it is compared to.
+
+A virtual disk is faster and slower by the minute, so a ceiling counts only beside the figures that it is held
+against.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from types import TracebackType
 
 import numpy as np
 
 from tiermem import _core
+from tiermem._core import EngineKind, IoDirection
 from tiermem.bench.run import Scale
 from tiermem.device.protocol import Memory
+from tiermem.disk_rates import RAW_LOOPS, DiskOptions, open_engine
 from tiermem.errors import TransferError
-from tiermem.measure.timing import time_host
 
 MIB = 1 << 20
 TIMEOUT_S = 120.0
+LOOP_S = {Scale.QUICK: 0.03, Scale.FULL: 0.35}
+FINALISTS = 2
+"""Loops of each direction that are measured again and again; the others were slower at the start."""
+FIRST_WRITE = DiskOptions(EngineKind.THREADS, 4 * MIB, 8)
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """An engine with its depth, and the block that one operation moves."""
+class Loop:
+    """Threads or a queue of the kernel, how many transfers at once, and their size."""
 
-    kind: _core.EngineKind
-    depth: int
-    block_bytes: int
+    kind: EngineKind
+    num_at_once: int
+    piece_bytes: int
 
     @property
     def name(self) -> str:
-        """The way in a few words."""
-        what = "io_uring" if self.kind is _core.EngineKind.IO_URING else "threads"
-        return f"{self.depth} {what} x {self.block_bytes // MIB} MiB"
+        """The loop in a few words."""
+        what = "io_uring" if self.kind is EngineKind.IO_URING else "threads"
+        return f"{self.num_at_once} {what} x {self.piece_bytes // MIB} MiB"
 
 
-WAYS = tuple(
-    Way(kind, depth, block_bytes)
-    for kind, depth in ((_core.EngineKind.THREADS, 8), (_core.EngineKind.IO_URING, 32))
-    for block_bytes in (MIB, 4 * MIB)
-)
+@dataclass(slots=True)
+class Race:
+    """Bytes a second of the best loops of one direction, turn by turn."""
+
+    turns: dict[Loop, list[float]] = field(default_factory=dict)
+
+    @property
+    def best(self) -> tuple[Loop, float]:
+        """The loop with the best median, and that median."""
+        medians = {loop: median(rates) for loop, rates in self.turns.items()}
+        loop = max(medians, key=medians.__getitem__)
+        return loop, medians[loop]
 
 
-@dataclass(frozen=True, slots=True)
-class RawRates:
-    """Bytes a second of the best way each, and what it was."""
-
-    write: float
-    write_name: str
-    read: float
-    read_name: str
-
-
-def measure_raw(path: Path, memory: Memory, scale: Scale) -> RawRates:
-    """Write the memory to a new file at `path` and read it back, in every way; the file stays.
+class DiskCeiling:
+    """Raw loops over a file at `path`, from and to `memory`; the file stays. A context.
 
     Raises
     ------
     OSError, TransferError: an operation failed.
     """
-    repeats = 3 if scale is Scale.FULL else 2
-    wrote: dict[str, float] = {}
-    read: dict[str, float] = {}
-    with _core.BlockFile(path, memory.num_bytes, _core.OpenMode.CREATE) as file:
-        io = "direct I/O" if file.is_direct else "buffered I/O"
-        for way in WAYS:
-            try:
-                engine = _open(way)
-            except OSError:
-                continue  # this system has no io_uring
-            with engine:
-                job = _Job(engine, file, memory, way.block_bytes)
-                name = f"raw {io}, {way.name}"
-                # the first run of all meets extents that were never written
-                wrote[name] = memory.num_bytes / time_host(job.write, repeats).median_s
-                read[name] = memory.num_bytes / time_host(job.read, repeats).median_s
-    best_write, best_read = max(wrote, key=wrote.__getitem__), max(read, key=read.__getitem__)
-    return RawRates(wrote[best_write], best_write, read[best_read], best_read)
 
+    def __init__(self, path: Path, memory: Memory, scale: Scale) -> None:
+        self._memory = memory
+        self._seconds = LOOP_S[scale]
+        self._file = _core.BlockFile(path, memory.num_bytes, _core.OpenMode.CREATE)
+        self._races: dict[IoDirection, Race] = {}
+        try:
+            _write_once(self._file, memory)
+            for direction in IoDirection:
+                self._races[direction] = self._first_race(direction)
+        except BaseException:
+            self._file.close()
+            raise
 
-class _Job:
-    """All of the memory to or from the file, in order, in blocks."""
+    def __enter__(self) -> DiskCeiling:
+        return self
 
-    def __init__(
-        self, engine: _core.IoEngine, file: _core.BlockFile, memory: Memory, block_bytes: int
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
-        self._engine = engine
-        self._file = file
-        self._offsets = np.arange(0, memory.num_bytes, block_bytes, dtype=np.int64)
-        self._at = self._offsets + memory.address
-        self._lengths = np.minimum(memory.num_bytes - self._offsets, block_bytes)
+        self._file.close()
 
-    def write(self) -> None:
-        self._finish(self._engine.submit_write(self._file, self._offsets, self._at, self._lengths))
+    def restart(self, direction: IoDirection) -> None:
+        """Forget the turns so far: another figure is compared from now on."""
+        for rates in self._races[direction].turns.values():
+            rates.clear()
 
-    def read(self) -> None:
-        self._finish(self._engine.submit_read(self._file, self._offsets, self._at, self._lengths))
+    def turn(self, direction: IoDirection) -> None:
+        """Run the best loops once more. Reads overwrite the memory."""
+        for loop, rates in self._races[direction].turns.items():
+            rates.append(self._run(direction, loop))
 
-    def _finish(self, ticket: int) -> None:
-        result = self._engine.wait(ticket, TIMEOUT_S)
+    def best(self, direction: IoDirection) -> tuple[str, float]:
+        """Name and bytes a second of the best loop of the turns since `restart`."""
+        loop, rate = self._races[direction].best
+        io = "direct I/O" if self._file.is_direct else "buffered I/O"
+        return f"raw {io}, {direction.name.lower()}, {loop.name}", rate
+
+    def _first_race(self, direction: IoDirection) -> Race:
+        """The best of all loops that this system permits."""
+        loops = [Loop(*values) for values in RAW_LOOPS if _is_permitted(EngineKind(values[0]))]
+        found = {loop: self._run(direction, loop) for loop in loops}
+        order = sorted(found, key=found.__getitem__, reverse=True)
+        return Race({loop: [found[loop]] for loop in order[:FINALISTS]})
+
+    def _run(self, direction: IoDirection, loop: Loop) -> float:
+        return _core.raw_disk_rate(
+            self._file, self._memory.address, self._memory.num_bytes, direction=direction,
+            kind=loop.kind, num_at_once=min(loop.num_at_once, self._memory.num_bytes // loop.piece_bytes),
+            piece_bytes=loop.piece_bytes, seconds=self._seconds,
+        )  # fmt: skip
+
+
+def _is_permitted(kind: EngineKind) -> bool:
+    """Whether this system lets a process use such an engine."""
+    try:
+        _core.IoEngine(kind).close()
+    except OSError:
+        return False
+    return True
+
+
+def _write_once(file: _core.BlockFile, memory: Memory) -> None:
+    """Write the whole file: later transfers meet extents that have been written."""
+    block = FIRST_WRITE.piece_bytes
+    offsets = np.arange(0, memory.num_bytes, block, dtype=np.int64)
+    lengths = np.minimum(memory.num_bytes - offsets, block)
+    with open_engine(FIRST_WRITE) as engine:
+        ticket = engine.submit_write(file, offsets, offsets + memory.address, lengths)
+        result = engine.wait(ticket, TIMEOUT_S)
         if result.status is not _core.IoStatus.OK:
             raise TransferError(result.message or f"not done after {TIMEOUT_S:g} seconds")
-        self._engine.forget(ticket)
-
-
-def _open(way: Way) -> _core.IoEngine:
-    if way.kind is _core.EngineKind.IO_URING:
-        return _core.IoEngine(way.kind, queue_depth=way.depth)
-    return _core.IoEngine(way.kind, num_threads=way.depth)

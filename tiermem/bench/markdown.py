@@ -63,7 +63,7 @@ def _row(result: Result) -> str:
     share = result.percent_of_ceiling
     cells = [
         subject.name,
-        parameters_text(subject.parameters),
+        "; ".join(filter(None, (parameters_text(subject.parameters), subject.note))),
         "skipped" if figures is None else f"{value_text(figures.median)} {subject.unit}",
         "" if figures is None else f"{value_text(figures.p5)} – {value_text(figures.p95)}",
         "" if share is None else f"{share:.1f} %",

@@ -41,6 +41,7 @@ class Subject:
 
     target_percent: the share of the ceiling that is aimed at; None where there is no aim.
     budget: for figures without a ceiling, the value that is aimed at, in the unit.
+    note: how it was done, where that may differ from run to run; no part of the figure's identity.
     """
 
     benchmark: str
@@ -50,6 +51,7 @@ class Subject:
     better: Better = Better.HIGHER
     target_percent: float | None = None
     budget: float | None = None
+    note: str = ""
 
     @property
     def key(self) -> str:
@@ -135,6 +137,7 @@ class Result:
             "budget": subject.budget,
             "percent_of_budget": self.percent_of_budget,
             "skipped": self.skipped,
+            "note": subject.note,
         }
 
     @classmethod
@@ -204,6 +207,7 @@ def _subject(document: Mapping[str, object]) -> Subject:
         better,
         _optional(document, "target_percent"),
         _optional(document, "budget"),
+        str(document.get("note", "")),
     )
 
 
