@@ -70,10 +70,19 @@ void set_borders(CopyEngine& engine, const Numbers& borders) {
 }
 
 // The call that the driver refused, and CUDA's code; or none.
-std::optional<std::pair<std::string, int>> submit(CopyEngine& engine, int direction,
-                                                  const Numbers& dst, const Numbers& src,
-                                                  const Numbers& bytes, StreamHandle stream,
-                                                  StreamOwner owner) {
+using Refusal = std::optional<std::pair<std::string, int>>;
+
+Refusal warm_up(CopyEngine& engine, StreamHandle stream) {
+  try {
+    engine.warm_up(stream);
+  } catch (const CopyRefused& refused) {
+    return std::pair<std::string, int>(refused.what(), refused.code());
+  }
+  return std::nullopt;
+}
+
+Refusal submit(CopyEngine& engine, int direction, const Numbers& dst, const Numbers& src,
+               const Numbers& bytes, StreamHandle stream, StreamOwner owner) {
   check_pieces(dst, src, bytes);
   const CopyDirection way = direction_of(direction);
   const nb::gil_scoped_release release;
@@ -121,6 +130,7 @@ void bind_engine(nb::module_& module) {
           "pieces_per_call"_a)
       .def("choose", &choose, "direction"_a, "busy"_a, "methods"_a.noconvert())
       .def("set_borders", &set_borders, "borders"_a.noconvert())
+      .def("warm_up", &warm_up, "stream"_a)
       .def("submit", &submit, "direction"_a, "dst"_a.noconvert(), "src"_a.noconvert(),
            "num_bytes"_a.noconvert(), "stream"_a, "owner"_a);
   module.attr("NUM_COPY_SIZES") = CopyChoices::kNumSizes;

@@ -69,7 +69,7 @@ _SIGNATURES = {
 """What the native core calls by address, with its arguments."""
 KERNELS = {"copy_any": 0xA0, "copy_aligned": 0xA1}
 """Handles of the copy kernels by name."""
-TABLE_CAPACITY = 1360
+TABLE_CAPACITY = 2040
 """Pieces in a table for the kernels."""
 
 
@@ -340,14 +340,14 @@ class FakeCuda:
 
     def _launch(self, kernel: int, *rest: Any) -> int:
         blocks, _, _, threads, _, _, shared_bytes, stream, parameters, _ = rest
-        count, *words = parameters[0][: 1 + 3 * parameters[0][0]]
-        pieces = [tuple(words[i : i + 3]) for i in range(0, len(words), 3)]
+        count, *words = parameters[0][: 1 + 2 * parameters[0][0]]
+        pieces = [_unpacked(*words[i : i + 2]) for i in range(0, len(words), 2)]
         aligned = kernel == KERNELS["copy_aligned"]
-        if kernel not in KERNELS.values() or not 0 < count <= TABLE_CAPACITY:
+        if kernel not in KERNELS.values() or not 0 <= count <= TABLE_CAPACITY:
             return 1
         if not 0 < blocks <= 132 or not 0 < threads <= 1024 or aligned != (shared_bytes > 0):
             return 1
-        if aligned and any(word % 16 for word in words):
+        if aligned and any(number % 16 for piece in pieces for number in piece):
             return 700
         return self._move(stream, pieces)
 
@@ -433,6 +433,13 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: fake.calls.update(["empty_cache"]))
     return fake
+
+
+def _unpacked(dst_and_low: int, src_and_high: int) -> tuple[int, int, int]:
+    """A piece of a kernel's table: destination, source, bytes."""
+    address = (1 << 56) - 1
+    size = dst_and_low >> 56 | src_and_high >> 56 << 8
+    return dst_and_low & address, src_and_high & address, size
 
 
 def _context_of(index: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from time import perf_counter
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from copy_cases import LAYOUTS, SIZES, Layout, check_bytes
 from latch import Latch
 
-from tiermem.device import Direction, copy_measure, cuda, cuda_copies, host
+from tiermem.device import Direction, Memory, copy_measure, cuda, cuda_copies
 from tiermem.device.copy_measure import measure_copies
 from tiermem.device.copy_rates import CopyMethod, CopyRates
 from tiermem.device.cuda_copies import CudaCopies
@@ -151,52 +152,80 @@ def test_kernels_wait_for_copies_and_copies_for_kernels(
             assert bool((back.tensor == value + 1).all())
 
 
-def test_copies_reach_over_the_pieces_that_host_memory_was_pinned_in(
-    device: CudaDevice, monkeypatch: pytest.MonkeyPatch
+def neighbours(device: CudaDevice) -> tuple[Memory, Memory]:
+    """Two pinned memories of 4,096 bytes beside each other."""
+    memories = sorted((device.allocate_host(4096) for _ in range(64)), key=lambda m: m.address)
+    for first, second in pairwise(memories):
+        if first.address + 4096 == second.address:
+            return first, second
+    pytest.skip("the system put no two mappings beside each other")
+
+
+@pytest.mark.parametrize("method", CopyMethod)
+def test_no_copy_reaches_from_one_memory_into_the_next(
+    device: CudaDevice, method: CopyMethod
 ) -> None:
-    monkeypatch.setattr(host, "PIECE_BYTES", 2 << 20)
-    size = 9 << 20
-    memory, hot = device.allocate_host(size), device.allocate(size)
-    data = torch.randint(0, 256, (size,), dtype=torch.uint8)
+    device.copy_method = method
     stream = device.new_stream()
-    for method in CopyMethod:
-        device.copy_method = method
-        for step in (size, 3 << 20, 300_000):
-            starts = np.arange(0, size, step, dtype=np.int64)
-            sizes = np.minimum(step, size - starts)
-            memory.tensor.copy_(data)
-            device.copy(UP, hot.address + starts, memory.address + starts, sizes, stream)
-            stream.synchronize()
-            memory.tensor.zero_()
-            device.copy(DOWN, memory.address + starts, hot.address + starts, sizes, stream)
-            stream.synchronize()
-            assert torch.equal(memory.tensor, data)
+    first, second = neighbours(device)
+    first.tensor.fill_(1)
+    second.tensor.fill_(2)
+    hot = device.allocate(8192)
+    places = hot.address + np.array([0, 4096], dtype=np.int64)
+    addresses = np.array([first.address, second.address], dtype=np.int64)
+    device.copy(UP, places, addresses, 4096, stream)
+    stream.synchronize()
+    assert bool((hot.tensor.view(2, 4096).cpu() == torch.tensor([[1], [2]])).all())
+
+
+@pytest.mark.parametrize("method", CopyMethod)
+def test_a_first_copy_waits_for_nothing(method: CopyMethod) -> None:
+    """Neither for its own stream, which is held, nor for the GPU, to load or allocate something."""
+    device = CudaDevice(0, CopyRates())
+    device.copy_method = method
+    size = NUM_PAGES * PAGE
+    hot, memory = device.allocate(size), device.allocate_host(size)
+    memory.tensor.fill_(5)
+    hot.tensor.fill_(1)
+    pages = np.arange(NUM_PAGES, dtype=np.int64) * PAGE
+    places = np.random.default_rng(2).permutation(pages)
+    stream, other, latch = device.new_stream(), device.new_stream(), Latch(device)
+    torch.cuda.synchronize()
+    with latch.holding(stream, other):
+        start = perf_counter()
+        device.copy(UP, hot.address + places, memory.address + pages, PAGE, stream)
+        event = stream.record()
+        device.copy(DOWN, memory.address + pages, hot.address + places, PAGE, other)
+        assert perf_counter() - start < 1
+        assert not any(event.done() for _ in range(POLLS))
+        other.wait_event(event)
+    other.synchronize()
+    stream.synchronize()
+    device.close()
 
 
 @pytest.mark.parametrize("method", [CopyMethod.SINGLE, CopyMethod.BATCH, CopyMethod.RUNS])
 def test_a_refused_copy_harms_nothing(
     device: CudaDevice, monkeypatch: pytest.MonkeyPatch, method: CopyMethod
 ) -> None:
-    """CUDA refuses copies over the border of two pinned pieces, which the engine here does not know."""
-    monkeypatch.setattr(host, "PIECE_BYTES", 2 << 20)
+    """CUDA refuses copies over the border of two memories, which the engine here does not know."""
     monkeypatch.setattr(CudaCopies, "set_borders", lambda *_: None)
     device.copy_method = method
-    size = NUM_PAGES * PAGE
-    hot, memory = device.allocate(size), device.allocate_host(size)
-    pages = np.arange(NUM_PAGES, dtype=np.int64) * PAGE
     stream = device.new_stream()
-    over = np.array([0, (2 << 20) - PAGE // 2], dtype=np.int64)
+    first, second = neighbours(device)
+    hot = device.allocate(NUM_PAGES * PAGE)
+    places = hot.address + np.array([0, 4096], dtype=np.int64)
+    addresses = np.array([first.address, second.address], dtype=np.int64)
     with pytest.raises(TransferError, match=r"cuMemcpy\w+: cudaErrorInvalidValue"):
-        device.copy(UP, hot.address + over, memory.address + over, PAGE, stream)
+        device.copy(UP, places, addresses, 4096, stream)
+    memory = device.allocate_host(NUM_PAGES * PAGE)
     memory.tensor.random_(0, 256)
-    pages = np.setdiff1d(pages, np.arange(0, size, 2 << 20))  # no run goes over a border
-    places = size - PAGE - pages
-    device.copy(UP, hot.address + places, memory.address + pages, PAGE, stream)
+    pages = np.arange(NUM_PAGES, dtype=np.int64) * PAGE
+    device.copy(UP, hot.address + pages[::-1].copy(), memory.address + pages, PAGE, stream)
     stream.synchronize()
-    for place, page in zip(places.tolist(), pages.tolist(), strict=True):
-        assert torch.equal(
-            hot.tensor[place : place + PAGE].cpu(), memory.tensor[page : page + PAGE]
-        )
+    assert torch.equal(
+        hot.tensor.cpu().view(NUM_PAGES, PAGE).flip(0), memory.tensor.view(NUM_PAGES, PAGE)
+    )
 
 
 def test_a_first_stream_measures_in_less_than_half_a_second(

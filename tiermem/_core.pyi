@@ -660,6 +660,9 @@ class CopyEngine:
     def set_borders(self, borders: Int64s) -> None:
         """Set the ascending addresses over which no copy may reach."""
 
+    def warm_up(self, stream: int) -> tuple[str, int] | None:
+        """Give `stream` every kernel once, without pieces; the answer is as `submit`'s."""
+
     def submit(
         self,
         direction: int,

@@ -46,7 +46,7 @@ KernelSink::KernelSink(const CopyDriver& driver, const CopyKernels& kernels, Ker
 void KernelSink::add(CopyPiece piece) {
   while (piece.bytes > 0) {
     const std::uint64_t bytes = std::min(piece.bytes, kUnitBytes);
-    table_.pieces[table_.count++] = {piece.dst, piece.src, bytes};
+    table_.pieces[table_.count++] = KernelPiece::of({piece.dst, piece.src, bytes});
     bits_ |= piece.dst | piece.src | bytes;
     piece = {piece.dst + bytes, piece.src + bytes, piece.bytes - bytes};
     if (room() == 0) flush();

@@ -110,6 +110,12 @@ class SimulatedDriver {
     return 0;
   }
 
+  static tiermem::CopyPiece unpacked(const tiermem::KernelPiece& piece) {
+    const std::uint64_t address = (std::uint64_t{1} << 56) - 1;
+    return {piece.dst_and_low & address, piece.src_and_high & address,
+            piece.dst_and_low >> 56 | piece.src_and_high >> 56 << 8};
+  }
+
   // A kernel whose handle is odd is the one for aligned pieces.
   static int launch(void* kernel, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                     unsigned, void* stream, void** parameters, void**) {
@@ -118,7 +124,7 @@ class SimulatedDriver {
     current()->counts["launch aligned"] += is_aligned;
     const auto& table = *static_cast<const tiermem::KernelTable*>(parameters[0]);
     for (std::size_t i = 0; i < table.count; ++i) {
-      const tiermem::CopyPiece& piece = table.pieces[i];
+      const tiermem::CopyPiece piece = unpacked(table.pieces[i]);
       if (is_aligned && (piece.dst | piece.src | piece.bytes) % 16 != 0) return kFailure;
       current()->give_piece(stream, piece.dst, piece.src, piece.bytes);
     }

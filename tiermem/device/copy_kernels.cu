@@ -9,12 +9,20 @@
 typedef unsigned long long u64;
 
 struct Piece {
-  u64 dst, src, bytes;
+  u64 dst_and_low, src_and_high;
+
+  static constexpr u64 kAddress = (1ull << 56) - 1;
+
+  __device__ u64 dst() const { return dst_and_low & kAddress; }
+  __device__ u64 src() const { return src_and_high & kAddress; }
+  __device__ unsigned bytes() const {
+    return static_cast<unsigned>(dst_and_low >> 56 | src_and_high >> 56 << 8);
+  }
 };
 
 struct Table {
   u64 count;
-  Piece pieces[1360];
+  Piece pieces[2040];
 };
 
 // ---- any addresses and sizes: a block takes a piece, a thread 4 words of 16 bytes at a time ------
@@ -38,13 +46,12 @@ __device__ void copy_bytes(unsigned char* dst, const unsigned char* src, unsigne
 
 extern "C" __global__ void __launch_bounds__(1024) copy_any(const __grid_constant__ Table table) {
   for (unsigned p = blockIdx.x; p < table.count; p += gridDim.x) {
-    const Piece piece = table.pieces[p];
-    const unsigned bytes = static_cast<unsigned>(piece.bytes);
-    const unsigned words = (piece.dst | piece.src) % 16 == 0 ? bytes / 16 : 0;
-    copy_words(reinterpret_cast<uint4*>(piece.dst), reinterpret_cast<const uint4*>(piece.src),
-               words);
-    copy_bytes(reinterpret_cast<unsigned char*>(piece.dst) + 16 * words,
-               reinterpret_cast<const unsigned char*>(piece.src) + 16 * words, bytes - 16 * words);
+    const u64 dst = table.pieces[p].dst(), src = table.pieces[p].src();
+    const unsigned bytes = table.pieces[p].bytes();
+    const unsigned words = (dst | src) % 16 == 0 ? bytes / 16 : 0;
+    copy_words(reinterpret_cast<uint4*>(dst), reinterpret_cast<const uint4*>(src), words);
+    copy_bytes(reinterpret_cast<unsigned char*>(dst) + 16 * words,
+               reinterpret_cast<const unsigned char*>(src) + 16 * words, bytes - 16 * words);
   }
 }
 
@@ -70,15 +77,15 @@ struct Tiles {
   unsigned offset = 0;
 
   __device__ bool at_end() const { return piece >= table.count; }
-  __device__ u64 dst() const { return table.pieces[piece].dst + offset; }
-  __device__ u64 src() const { return table.pieces[piece].src + offset; }
+  __device__ u64 dst() const { return table.pieces[piece].dst() + offset; }
+  __device__ u64 src() const { return table.pieces[piece].src() + offset; }
   __device__ unsigned bytes() const {
-    const unsigned left = static_cast<unsigned>(table.pieces[piece].bytes) - offset;
+    const unsigned left = table.pieces[piece].bytes() - offset;
     return left < kTile ? left : kTile;
   }
   __device__ void next() {
     offset += kTile;
-    if (offset < table.pieces[piece].bytes) return;
+    if (offset < table.pieces[piece].bytes()) return;
     offset = 0;
     piece += gridDim.x;
   }

@@ -99,6 +99,18 @@ class CudaCopies:
         """Where memory starts that CUDA knows by itself; it refuses a copy from one into the next."""
         self._engine.set_borders(np.array(sorted(addresses), dtype=np.int64))
 
+    def warm_up(self, stream: int) -> None:
+        """Load every kernel, which waits for the whole GPU, so that `submit` waits for nothing.
+
+        Raises
+        ------
+        TransferError: CUDA refused.
+        """
+        refused = self._engine.warm_up(stream)
+        if refused is not None:
+            raise cuda.refusal(*refused)
+        cuda.synchronize_stream(stream)
+
     def submit(self, batch: CopyBatch, stream: int, owner: _core.StreamOwner) -> None:
         """Give `stream` the batch.
 

@@ -14,8 +14,7 @@ from tiermem.device.copies import CopyBatch, check_num_bytes
 from tiermem.device.copy_rates import CopyMethod, CopyRates
 from tiermem.device.cuda_copies import CopyResources, CudaCopies, staging_bytes
 from tiermem.device.cuda_events import CudaStream, EventPool
-from tiermem.device.host import HostMemory
-from tiermem.device.pinned import PinnedPieces
+from tiermem.device.host import HostMemory, host_free_bytes, locked_limit_text, reporting
 from tiermem.device.protocol import (
     MEMORY_ALIGN_BYTES,
     Addresses,
@@ -89,7 +88,7 @@ class CudaDevice:
         except TransferError as error:
             raise ConfigError(f"device='cuda:{index}': cannot be opened: {error}") from error
         self._base: dict[CudaMemory, int] = {}  # what cudaMalloc returned
-        self._pinned: dict[HostMemory, PinnedPieces] = {}
+        self._pinned: set[HostMemory] = set()
         self._streams: list[int] = []
         self._copies: CudaCopies | None = None
         self._copy_rates = copy_rates
@@ -150,22 +149,34 @@ class CudaDevice:
 
     def allocate_host(self, num_bytes: int, *, progress: Progress | None = None) -> Memory:
         self.check_open()
-        with self.current(), ExitStack() as undo:
-            pieces = PinnedPieces(cuda.pin, cuda.unpin, num_bytes, progress)
-            undo.callback(pieces.unpin)
-            memory = HostMemory(num_bytes, on_free=self._unpin, on_piece=pieces.pin)
-            undo.pop_all()
-        self._pinned[memory] = pieces
+        # Touching the memory takes about as long as pinning it. One registration for all of it,
+        # because CUDA refuses copies from one into the next, torch's too.
+        memory = HostMemory(
+            num_bytes, on_free=self._unpin, on_piece=reporting(num_bytes, progress, share=0.5)
+        )
+        try:
+            with self.current():
+                cuda.pin(memory.address, num_bytes + -num_bytes % MEMORY_ALIGN_BYTES)
+        except TransferError as error:
+            memory.free()
+            raise ConfigError(
+                f"cannot pin {num_bytes} bytes of host memory: {error}; {host_free_bytes()} bytes "
+                f"are free, {locked_limit_text()} may be locked (ulimit -l)"
+            ) from error
+        self._pinned.add(memory)
         self._update_borders()
+        if progress is not None:
+            progress(num_bytes, num_bytes)
         return memory
 
     def new_stream(self) -> Stream:
         self.check_open()
         with self.current():
             handle = cuda.make_stream()
-        self._streams.append(handle)
+            self._streams.append(handle)
+            # Now, because `copy` must not wait for anything.
+            self._engine().warm_up(handle)
         if self._copy_rates is None and self._copy_method is None:
-            # Before `copy`, which must not wait for anything.
             copy_measure.measure_once(self)
         return CudaStream(self, handle)
 
@@ -254,9 +265,8 @@ class CudaDevice:
 
     def _update_borders(self) -> None:
         if self._copies is not None:
-            hot = (memory.address for memory in self._base)
-            host = (start for pieces in self._pinned.values() for start in pieces.starts)
-            self._copies.set_borders({*hot, *host})
+            memories: list[Memory] = [*self._base, *self._pinned]
+            self._copies.set_borders(memory.address for memory in memories)
 
     def _malloc_aligned(self, num_bytes: int) -> tuple[int, int]:
         """What cudaMalloc returned, and the first aligned address in it."""
@@ -289,9 +299,11 @@ class CudaDevice:
         self._update_borders()
 
     def _unpin(self, memory: HostMemory) -> None:
-        with self.current():
-            self._pinned.pop(memory).unpin()
-        self._update_borders()
+        if memory in self._pinned:
+            self._pinned.discard(memory)
+            with self.current():
+                cuda.unpin(memory.address)
+            self._update_borders()
 
 
 class _CudaBytes:

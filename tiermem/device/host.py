@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import resource
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +21,7 @@ from tiermem.errors import ClosedError, ConfigError
 
 HUGE_PAGE_BYTES = 2 << 20
 PIECE_BYTES = 1 << 30
-"""Large memory is made ready in pieces of this size. Registering one with CUDA takes 20 to 70 ms,
-in which 16 threads touch the next one; 256 MiB and 1 GiB were as fast as each other."""
+"""Progress of the first touch is told after each of these."""
 MAX_TOUCH_THREADS = 16
 """With huge pages 16 threads touched 64 GB/s of a server's memory, 8 threads 43, 32 no more than 16."""
 
@@ -48,8 +48,7 @@ class HostMemory:
         """Map `num_bytes` bytes, all equal to `fill`; `on_free` runs once, before the bytes go.
 
         `on_piece(address, num_bytes)` runs for every piece of the memory, one after the other, as
-        soon as the piece is backed; those behind it are being touched meanwhile. What it raises
-        ends the constructor.
+        soon as the piece is backed. What it raises ends the constructor.
 
         Raises
         ------
@@ -114,18 +113,29 @@ def piece_starts(num_bytes: int) -> range:
     return range(0, num_bytes, PIECE_BYTES)
 
 
-def reporting(num_bytes: int, progress: Progress | None) -> Callable[[int, int], None] | None:
-    """An `on_piece` that tells `progress` how much of memory of `num_bytes` bytes is ready."""
+def reporting(
+    num_bytes: int, progress: Progress | None, share: float = 1.0
+) -> Callable[[int, int], None] | None:
+    """An `on_piece` that tells `progress` how much of memory of `num_bytes` bytes is ready.
+
+    `share` of the work is done when everything was touched.
+    """
     if progress is None:
         return None
-    done = 0
+    touched = 0
 
     def report(_: int, piece_bytes: int) -> None:
-        nonlocal done
-        done += piece_bytes
-        progress(done, num_bytes)
+        nonlocal touched
+        touched += piece_bytes
+        progress(int(touched * share), num_bytes)
 
     return report
+
+
+def locked_limit_text() -> str:
+    """How many bytes this process may lock in memory."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return "any number of bytes" if limit == resource.RLIM_INFINITY else f"{limit} bytes"
 
 
 def touch_threads() -> int:

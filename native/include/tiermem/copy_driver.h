@@ -37,13 +37,27 @@ class CopyRefused : public std::runtime_error {
   int code_;
 };
 
+// A piece of at most 65,535 bytes in two words: the addresses below, and above each of them a byte of
+// the size.
+struct KernelPiece {
+  static constexpr unsigned kAddressBits = 56;
+
+  std::uint64_t dst_and_low = 0;
+  std::uint64_t src_and_high = 0;
+
+  static KernelPiece of(const CopyPiece& piece) {
+    return {piece.dst | (piece.bytes & 0xFF) << kAddressBits,
+            piece.src | piece.bytes >> 8 << kAddressBits};
+  }
+};
+
 // What the kernel gets: its pieces, as one parameter of at most 32,764 bytes, which the driver
 // copies at the launch. So no table lies in memory that would have to outlive the launch.
 struct KernelTable {
-  static constexpr std::size_t kCapacity = 1360;
+  static constexpr std::size_t kCapacity = 2040;
 
   std::uint64_t count = 0;
-  std::array<CopyPiece, kCapacity> pieces{};
+  std::array<KernelPiece, kCapacity> pieces{};
 };
 static_assert(sizeof(KernelTable) <= 32764);
 

@@ -69,6 +69,10 @@ class CopyEngine {
   // Ascending addresses, on either side, at which memory starts that the driver knows by itself.
   void set_borders(std::vector<std::uint64_t> borders) { borders_ = std::move(borders); }
 
+  // Gives `stream` every kernel once, without pieces: CUDA loads a kernel at its first launch, and
+  // waits for the whole GPU then. Raises CopyRefused.
+  void warm_up(StreamHandle stream);
+
   // Gives `stream` the pieces dst[i], src[i], bytes[i], in any order among themselves, behind
   // everything given to it before. Raises CopyRefused; pieces may have been given then, to
   // `stream` and to the staging's stream.
