@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from tiermem.errors import TransferError
 from tiermem.layout import PageLayout
 from tiermem.measure import ceilings
 from tiermem.measure.ceilings import Effort
+from tiermem.rates import Rates
 
 CPU = ("--device", "cpu")
 DISK = DiskRates(
@@ -134,3 +136,18 @@ def test_the_bytes_and_operations_that_are_counted() -> None:
         # 32 new tokens after 40: the first sees 41, the last 72; two heads of 16, 4 operations each
         seen = sum(range(41, 73))
         assert bench.prefill_flops(sequence) == 4 * 2 * 16 * seen
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_every_rate(cli: Cli) -> None:
+    found = cli("calibrate", "--quick", "--device", "cuda", "--json")
+    assert found.code == 0, found.err
+    made = found.json()["calibration"]
+    assert set(Rates.from_table(made["rates"]).to_table()) == {
+        field.name for field in fields(Rates) if not field.name.startswith("disk_")
+    }
+    assert made["copies"]["rows"]
+    assert made["machine"]["gpu_uuid"]
+    rates = made["rates"]
+    assert rates["hbm_read"] > 5 * rates["link_to_device"]
+    assert rates["queued_kernel_s"] >= rates["kernel_s"] * 0.8
