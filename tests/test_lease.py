@@ -13,6 +13,7 @@ from tiermem import PageLayout, Sequence, TierConfig, TierManager
 from tiermem._core import Tier
 from tiermem.device.simulated import SimulatedDevice
 from tiermem.graphs import CapturedDecode
+from tiermem.lease import IDLE_STEPS
 from tiermem.resident import MOST_TABLES, ResidentTables
 from tiermem.step import Step
 
@@ -77,10 +78,14 @@ def test_steps_of_a_sequence_that_is_hot_are_resident(manager: TierManager) -> N
     manager.check()
 
 
-def test_a_step_of_others_ends_a_lease(manager: TierManager) -> None:
+def test_a_lease_ends_after_many_steps_of_others(manager: TierManager) -> None:
     first, second = manager.open_sequence(), manager.open_sequence()
     grow(manager, first, tokens=2 * PAGE)
-    grow(manager, second, tokens=PAGE)
+    for _ in range(IDLE_STEPS - 1):
+        grow(manager, second)
+    settle(manager)
+    assert pins(manager, first) == [1, 1]
+    grow(manager, second)
     settle(manager)
     assert pins(manager, first) == [0, 0]
     assert pins(manager, second) == [1]

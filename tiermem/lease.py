@@ -1,7 +1,8 @@
 """Leases: pins of a sequence's full hot pages that stand between steps.
 
-While the hot tier has room, the pages that a step has found there stay pinned for the sequences of the last
-step, so that the next step need not look at them one by one. Whoever wants room ends the leases first.
+While the hot tier has room, the pages that a step has found there stay pinned, so that the next step of their
+sequence need not look at them one by one. Leases end when room is wanted, and when their sequence has been in no
+step for a while: LRU order is then off by that while at most.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ from tiermem import _core
 from tiermem.pools import VALID, Ids, Tier
 from tiermem.prefix import Prefixes
 
+IDLE_STEPS = 16
+"""A lease ends after so many steps without its sequence: enough for prefills in between the steps of a batch."""
+
 
 class Lease:
     """The first `num_pages` pages of one sequence, each pinned once in the hot tier.
 
     Steps in flight that count on it are its users: pins that are given up meanwhile end with the last of them
-    (R1, R2). `low_mark` is the least number of pages held since it was last set to `num_pages`.
+    (R1, R2). `low_mark` is the least number of pages held since it was last set to `num_pages`; `last_step` counts
+    the manager's steps up to the last one with the sequence.
     """
 
     def __init__(self, table: _core.PageTable, prefixes: Prefixes) -> None:
         self.num_pages = 0
         self.low_mark = 0
+        self.last_step = 0
         self._table = table
         self._prefixes = prefixes
         self._pages: Ids = np.empty(0, dtype=np.int64)
@@ -69,12 +75,13 @@ class Lease:
 
 
 class Leases:
-    """The leases of one manager, by sequence, in the order in which they were granted."""
+    """The leases of one manager, by sequence, the one used longest ago first."""
 
     def __init__(self, table: _core.PageTable, prefixes: Prefixes) -> None:
         self._table = table
         self._prefixes = prefixes
         self._leases: dict[object, Lease] = {}
+        self._num_steps = 0
 
     def of(self, sequence: object) -> Lease | None:
         """The lease of `sequence`."""
@@ -92,24 +99,33 @@ class Leases:
             return
         if lease is None:
             lease = self._leases[sequence] = Lease(self._table, self._prefixes)
+            lease.last_step = self._num_steps
         lease.extend(pages)
 
     def trim(self, sequence: object, num_pages: int) -> None:
-        """`sequence` keeps only its first `num_pages` pages, or is none of the last step any more."""
+        """`sequence` keeps only its first `num_pages` pages under its lease; with 0 the lease ends."""
         lease = self._leases.get(sequence)
         if lease is not None:
             lease.trim(num_pages)
             if num_pages == 0:
                 del self._leases[sequence]
 
-    def keep_only(self, sequences: Iterable[object]) -> None:
-        """A step of `sequences` begins: the leases of all others end."""
-        kept = set(sequences)
-        for sequence in [s for s in self._leases if s not in kept]:
+    def step_begins(self, sequences: Iterable[object]) -> None:
+        """A step of `sequences` begins: leases of others that were idle for long end."""
+        self._num_steps += 1
+        for sequence in sequences:
+            lease = self._leases.pop(sequence, None)
+            if lease is not None:
+                lease.last_step = self._num_steps
+                self._leases[sequence] = lease
+        while self._leases:
+            sequence, lease = next(iter(self._leases.items()))
+            if self._num_steps - lease.last_step < IDLE_STEPS:
+                return
             self.trim(sequence, 0)
 
     def end_all(self) -> None:
-        """Room is wanted."""
+        """Room is wanted; what was used last stays hottest."""
         for sequence in list(self._leases):
             self.trim(sequence, 0)
 

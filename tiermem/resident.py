@@ -164,7 +164,7 @@ class ResidentPool:
         lengths = np.array([share.past_tokens + 1 for share in plan.shares], dtype=np.int64)
         work = core.backend.plan(core.layout, lengths)
         if tables is None or (work is not None and not tables.set_work(work)):
-            max_pages = max(LEAST_PAGES, 1 << most_pages.bit_length())
+            max_pages = max(LEAST_PAGES, 1 << (most_pages - 1).bit_length())
             grown = np.full(count, max_pages * core.layout.page_tokens, dtype=np.int64)
             works = [w for w in (work, core.backend.plan(core.layout, grown)) if w is not None]
             tables = ResidentTables(count, max_pages, works, core.hot.data.device)

@@ -93,7 +93,7 @@ class Step:
         core = self._core
         self._owner.step_begins(self)
         self._set_running(True)  # before planning: the open pages of these sequences are not idle
-        core.leases.keep_only(self._sequences)
+        core.leases.step_begins(self._sequences)
         try:
             self._plan = plan_resident(core, self._sequences, self._new_tokens)
             if self._plan is None:
