@@ -136,6 +136,19 @@ def test_a_gpu_tier_that_was_asked_for_must_fit_and_that_of_a_profile_shrinks() 
     assert "smaller here" in shrunk.notes[0]
 
 
+def test_a_machine_that_is_imagined_may_have_more_than_its_profile() -> None:
+    found = ask("t4", model="7b", context=131072, ram="100GiB")
+    assert found.fits
+    assert found.budget.tiers[1].num_bytes > 99 * 2**30
+    assert any("ram=100GiB: more than profile t4 has" in note for note in found.notes)
+    here = replace(Hardware.from_profile("t4"), is_here=True)
+    shape = ModelShape.from_profile("7b")
+    for tier in ("ram", "ssd"):
+        real = predict(Request(shape=shape, context=1024, **{tier: "900GiB"}), here)
+        assert not real.fits
+        assert f"{tier}=900GiB: this machine has" in real.budget.problems[0]
+
+
 def test_what_is_assumed_of_weights_of_few_bits_is_said() -> None:
     assert ask("h200").notes == ()
     assert "int4 weights are assumed" in ask("h200", weights=WeightFormat.INT4).notes[0]

@@ -33,6 +33,7 @@ def hardware_here(ssd_path: Path | None) -> Hardware:
         capability=gpu.compute_capability if gpu else None,
         gpu_bytes=gpu.total_bytes if gpu else 0,
         ram_bytes=host_total_bytes(),
+        is_here=True,
         ssd_bytes=shutil.disk_usage(nearest_directory(ssd_path or private_base())).free,
     )
     if found.calibration is None:

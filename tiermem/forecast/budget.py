@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tiermem.config import TierConfig
 from tiermem.forecast.hardware import Hardware
 from tiermem.layout import PageLayout
-from tiermem.units import SizeKind
+from tiermem.units import Size, SizeKind
 
 RESERVE_BYTES = 1 << 30
 """Device memory that is neither weights nor K and V: the CUDA context, work space of products, activations."""
@@ -98,11 +98,12 @@ def make_budget(
     least = staging + batch * layout.slot_bytes
     weights_fit = free >= least
     hot, note = _hot(config, free - staging if weights_fit else 0, given)
+    notes = [] if note is None else [note]
     host = int(hardware.ram_bytes * HOST_SHARE) - (0 if on_gpu else weights_bytes + hot)
     sizes = {
         HOT: hot,
-        WARM: min(config.ram.resolve(max(host, 0)), max(host, 0)),
-        COLD: min(config.ssd.resolve(hardware.ssd_bytes), hardware.ssd_bytes),
+        WARM: _lower(config.ram, max(host, 0), WARM, hardware, notes),
+        COLD: _lower(config.ssd, hardware.ssd_bytes, COLD, hardware, notes),
     }
     kv_bytes = batch * layout.pages_for(context) * layout.slot_bytes
     tiers = tuple(_tiers(sizes, layout, batch, context))
@@ -118,10 +119,19 @@ def make_budget(
         kv_bytes=kv_bytes,
         tiers=tiers,
         problems=(),
-        notes=() if note is None else (note,),
+        notes=tuple(notes),
     )
     problems = _problems(budget, hardware, config, given, layout)
     return replace(budget, problems=tuple(problems))
+
+
+def _lower(size: Size, free: int, name: str, hardware: Hardware, notes: list[str]) -> int:
+    """A lower tier's bytes; a machine that is only imagined may have more than its profile, and is noted."""
+    wanted = size.resolve(free)
+    if wanted <= free or hardware.is_here:
+        return min(wanted, free)
+    notes.append(f"{name}={size}: more than profile {hardware.profile} has; as if it had it")
+    return wanted
 
 
 def _hot(config: TierConfig, free: int, given: frozenset[str]) -> tuple[int, str | None]:
@@ -179,12 +189,22 @@ def _problems(
         room = budget.free_gpu_bytes - budget.staging_bytes
         if hot.num_bytes > room:
             yield f"gpu={hot}: only {_gb(room)} of {where} are left beside the weights"
+    if hardware.is_here:
+        yield from _more_than_there_is(config, hardware)
     stored = sum(tier.kv_bytes for tier in budget.tiers)
     if stored < budget.kv_bytes:
         total = sum(tier.num_bytes for tier in budget.tiers)
         yield f"K and V, {_gb(budget.kv_bytes)}, exceed all tiers together, {_gb(total)}: more ram or ssd"
     if budget.tiers[0].num_bytes < layout.slot_bytes:
         yield f"no page of {layout.slot_bytes} bytes fits the GPU tier"
+
+
+def _more_than_there_is(config: TierConfig, hardware: Hardware) -> Iterator[str]:
+    """What was asked for of this machine that it has not."""
+    free = {WARM: int(hardware.ram_bytes * HOST_SHARE), COLD: hardware.ssd_bytes}
+    for name, size in ((WARM, config.ram), (COLD, config.ssd)):
+        if size.kind is SizeKind.EXPLICIT and size.num_bytes > free[name]:
+            yield f"{name}={size}: this machine has {_gb(free[name])} for it"
 
 
 def _gb(num_bytes: int) -> str:

@@ -34,7 +34,7 @@ class Hardware:
     """A machine to plan for. Sizes are bytes; `gpu_bytes` is 0 where the hot tier is host memory.
 
     profile: of the tiers, a name of configs/. gpu: its name, empty without one. rates: all that a forecast
-    needs. origin: where the rates come from, in words.
+    needs. origin: where the rates come from, in words. is_here: this very machine, which has what it has.
     """
 
     profile: str
@@ -45,6 +45,7 @@ class Hardware:
     ssd_bytes: int
     rates: Rates
     origin: str
+    is_here: bool = False
 
     @classmethod
     def from_profile(cls, name: str) -> Hardware:
