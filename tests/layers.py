@@ -51,6 +51,7 @@ LAYERS = {
         "tiermem.packed",
         "tiermem.resident",
         "tiermem.plan",
+        "tiermem.planner",
         "tiermem.room",
         "tiermem.sequence",
         "tiermem.step",

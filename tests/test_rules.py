@@ -11,7 +11,7 @@ from world import World
 
 from tiermem import InvariantError, TierMemError
 from tiermem._core import Tier
-from tiermem.plan import Planner
+from tiermem.planner import Planner
 from tiermem.transfer import Mover, Transfer
 
 SEEDS = range(12)

@@ -14,7 +14,8 @@ from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks
 from tiermem.core import Core
 from tiermem.device.protocol import Event
 from tiermem.errors import ClosedError, CorruptPageError, TierMemError, TransferError
-from tiermem.plan import Plan, make_plan, plan_resident
+from tiermem.plan import Plan
+from tiermem.planner import make_plan, plan_resident
 from tiermem.pools import Ids, Tier, as_ids
 from tiermem.resident import ResidentPool, ResidentTables
 from tiermem.sequence import Sequence
