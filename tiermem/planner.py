@@ -1,7 +1,7 @@
 """Planner: makes the plan of a step and gets hold of all it needs, or leaves everything as it was.
 
-Where leases say that everything is hot, that costs a few native calls a batch (`plan_resident`); else every page is
-looked at (`make_plan`), in batches too.
+Where leases say that everything is hot, that costs a few native calls a batch (`plan_resident`); else every page
+is looked at (`make_plan`), in batches too.
 """
 
 from __future__ import annotations
