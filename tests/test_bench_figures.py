@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -62,7 +63,7 @@ def test_values_and_parameters_as_people_read_them() -> None:
 
 def test_tables_have_every_result_and_the_run_it_is_of() -> None:
     tables = markdown_tables(saved(*RESULTS))
-    assert list(tables) == ["copy", "step", "pool"]
+    assert list(tables) == ["copy", "step", "pool", "summary"]
     assert (
         "| one way | piece 64KiB, direction h2d | 51 GB/s | 50.1 – 51.9 | 92.7 % | 91 %: met |"
         in (tables["copy"])
@@ -70,8 +71,16 @@ def test_tables_have_every_result_and_the_run_it_is_of() -> None:
     assert "one large copy: 55 |" in tables["copy"]
     assert "| 200 us | 200 – 200 |  | 150 us: missed | no physical ceiling |" in tables["step"]
     assert "| speed \\| up |  | skipped |" in tables["pool"]
-    for text in tables.values():
-        assert "a GPU, a CPU; commit 0123456789ab." in text
+    for name in ("copy", "step", "pool"):
+        assert "a GPU, a CPU; commit 0123456789ab." in tables[name]
+
+
+def test_the_summary_has_a_row_for_all_figures_of_one_name() -> None:
+    other = replace(RESULTS[0], ceiling=Ceiling("one large copy", 60.0))
+    assert markdown_tables(saved(*RESULTS, other))["summary"].splitlines()[2:] == [
+        "| copy | one way | 2 | 85.0 – 92.7 % of the ceiling | 1 of 2 |",
+        "| step | entry + exit | 1 | 200 us | 0 of 1 |",
+    ]
 
 
 def test_runs_of_different_commits_stay_apart() -> None:

@@ -12,15 +12,18 @@ from tiermem.errors import ConfigError
 
 _MARKED = re.compile(r"(<!-- bench:([a-z0-9_-]+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 SHORT_COMMIT = 12
+SUMMARY = "summary"
+"""The name of the table with one row for all figures of one name."""
 
 
 def markdown_tables(saved: Sequence[SavedResult]) -> dict[str, str]:
-    """One table for each benchmark, in the order of the results."""
+    """One table for each benchmark, in the order of the results, and the summary."""
     names = dict.fromkeys(item.result.subject.benchmark for item in saved)
-    return {
+    tables = {
         name: _table([item for item in saved if item.result.subject.benchmark == name])
         for name in names
     }
+    return {**tables, SUMMARY: _summary([item.result for item in saved])}
 
 
 def fill_markers(text: str, tables: Mapping[str, str], where: str) -> str:
@@ -56,6 +59,40 @@ def _table(saved: Sequence[SavedResult]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _summary(results: Sequence[Result]) -> str:
+    """Benchmark and name, how many figures, from the lowest to the highest, and how many aims are met."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        if result.figures is not None:
+            groups.setdefault((result.subject.benchmark, result.subject.name), []).append(result)
+    rows = [_summary_row(*key, group) for key, group in groups.items()]
+    return "\n".join(
+        [
+            "| benchmark | what | figures | lowest – highest | aims met |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _summary_row(benchmark: str, name: str, group: Sequence[Result]) -> str:
+    shares = [share for result in group if (share := result.percent_of_ceiling) is not None]
+    medians = [result.figures.median for result in group if result.figures is not None]
+    if len(shares) == len(group):
+        spread = f"{_span([f'{min(shares):.1f}', f'{max(shares):.1f}'])} % of the ceiling"
+    else:
+        spread = _span([value_text(min(medians)), value_text(max(medians))])
+        spread += f" {group[0].subject.unit}"
+    aims = [result.meets_aim for result in group if result.meets_aim is not None]
+    met = f"{sum(aims)} of {len(aims)}" if aims else ""
+    return f"| {benchmark} | {name} | {len(group)} | {spread} | {met} |"
+
+
+def _span(ends: Sequence[str]) -> str:
+    return " – ".join(dict.fromkeys(ends))
 
 
 def _row(result: Result) -> str:
