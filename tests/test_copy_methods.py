@@ -11,7 +11,7 @@ import torch
 from copy_cases import LAYOUTS, SIZES, Layout, check_bytes
 from fake_cuda import FakeCuda
 
-from tiermem.device import Direction, copy_measure, cuda_copies, host
+from tiermem.device import Direction, copy_measure, cuda, cuda_copies, host
 from tiermem.device.copy_measure import CopyPlan, measure_copies
 from tiermem.device.copy_rates import CopyMethod, CopyRates
 from tiermem.device.cpu import CpuDevice
@@ -276,3 +276,22 @@ def test_without_room_for_buffers_nothing_is_measured(fake: FakeCuda, device: Cu
 def test_no_time_is_an_error(device: CudaDevice, seconds: float) -> None:
     with pytest.raises(ValueError, match="seconds="):
         measure_copies(device, seconds=seconds)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0)])
+def test_the_kernels_compile_for_every_gpu(capability: tuple[int, int]) -> None:
+    try:
+        code = cuda.compile_kernels(cuda_copies.SOURCE.read_bytes(), capability)
+    except RuntimeError:
+        pytest.skip("NVRTC is not installed")
+    assert code.startswith(b"\x7fELF")
+    assert b"copy_any" in code
+    assert (b"copy_aligned" in code) is (capability >= cuda_copies.LEAST_ALIGNED_CAPABILITY)
+
+
+def test_what_does_not_compile_is_a_transfer_error() -> None:
+    try:
+        with pytest.raises(TransferError, match="nvrtcCompileProgram"):
+            cuda.compile_kernels(b"no CUDA", (9, 0))
+    except RuntimeError:
+        pytest.skip("NVRTC is not installed")
