@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tiermem.attention import PagedTables, WorkList
 from tiermem.attention import work_list as columns
-from tiermem.attention.split_rule import MANY_WAVES, ONE_WAVE, TILE_TOKENS
+from tiermem.attention.split_rule import MANY_WAVES, ONE_WAVE, TILE_TOKENS, equal_splits
 from tiermem.attention.work_list import OPEN_END, ROW_INTS, PlannedWork, plan_work
 
 NUM_SMS = 132
@@ -83,7 +83,7 @@ def test_random_batches() -> None:
         heads, num_sms = int(rng.integers(1, 60)), int(rng.choice([1, 40, 132]))
         planned = plan_work(lengths, heads, num_sms)
         _check(planned, lengths)
-        most = max(ONE_WAVE, MANY_WAVES) * num_sms + 2 * len(lengths) * heads
+        most = MANY_WAVES * num_sms + 2 * len(lengths) * heads
         assert len(planned.rows) * heads <= most, f"seed {seed}"
 
 
@@ -108,13 +108,38 @@ def test_one_long_sequence_among_short_ones_is_cut_into_more_than_a_wave() -> No
     assert _balance(_programs(planned, lengths, 8)) > 0.75
 
 
-@pytest.mark.parametrize("batch", [(131072,), (16384,) * 8, (4096,) * 32, (3000, 5000, 9000)])
-def test_a_single_wave_has_at_most_two_programs_a_multiprocessor(batch: tuple[int, ...]) -> None:
+def test_unequal_sequences_are_cut_finer_than_a_wave() -> None:
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(100, 4000, 64)
+    planned = plan_work(lengths, 8, NUM_SMS)
+    _check(planned, lengths)
+    programs = _programs(planned, lengths, 8)
+    assert 4 * NUM_SMS < len(programs) < 10 * NUM_SMS
+    assert programs.max() < lengths.max() / 1.9
+
+
+@pytest.mark.parametrize("batch", [(131072,), (16384,) * 8, (4096,) * 32, (10000,) * 6])
+def test_equal_sequences_fill_a_single_wave(batch: tuple[int, ...]) -> None:
     lengths = _lengths(*batch)
     planned = plan_work(lengths, 8, NUM_SMS)
     programs = _programs(planned, lengths, 8)
-    assert len(programs) <= ONE_WAVE * NUM_SMS
-    assert programs.max() <= 1.2 * programs.sum() / (ONE_WAVE * NUM_SMS) or len(batch) > 8
+    assert 0.85 * ONE_WAVE * NUM_SMS <= len(programs) <= ONE_WAVE * NUM_SMS
+    assert programs.max() - programs.min() <= TILE_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("pairs", "splits"),
+    [(8, 33), (64, 4), (160, 2), (96, 4), (192, 2), (240, 1), (512, 1), (52, 5)],
+)
+def test_splits_of_equal_sequences(pairs: int, splits: int) -> None:
+    assert equal_splits(pairs, NUM_SMS) == splits
+
+
+def test_short_sequences_are_not_cut_to_pieces() -> None:
+    lengths = _lengths(100, 300, 500, 64, 900, 1000)
+    planned = plan_work(lengths, 8, NUM_SMS)
+    _check(planned, lengths)
+    assert len(planned.rows) <= ONE_WAVE * NUM_SMS // 8 + len(lengths)
 
 
 def _tables(work: WorkList, **changes: object) -> PagedTables:

@@ -142,27 +142,23 @@ class LoadedKernel:
             target = triton.runtime.driver.active.get_current_target()
             self._compiled = compile_variant(variant, target)
             self._run = self._compiled.run  # loads the code into the device's context
+        passed = [
+            (name, argument.removesuffix(ALIGNED))
+            for name, argument in zip(variant.kernel.arg_names, variant.arguments, strict=True)
+            if isinstance(argument, str)
+        ]
+        self._names = [name for name, _ in passed]
+        self._types = [argument for _, argument in passed]
+        self._through_driver = takes_parameters(self._compiled, self._types)
 
     def bind(
         self, grid: tuple[int, int], num_changing: int, values: Mapping[str, Any]
     ) -> BoundLaunch:
         """A launch through the driver, or Triton's launcher if it passes parameters unknown here."""
-        types = [
-            argument.removesuffix(ALIGNED)
-            for argument in self._variant.arguments
-            if isinstance(argument, str)
-        ]
-        if not takes_parameters(self._compiled, types):
+        if not self._through_driver:
             return self._bind_to_triton(grid, num_changing, values)
-        names = [
-            name
-            for name, argument in zip(
-                self._variant.kernel.arg_names, self._variant.arguments, strict=True
-            )
-            if isinstance(argument, str)
-        ]
-        kept = [values[name] for name in names[num_changing:]]
-        return bind(self._compiled, self._device, grid, types, kept, num_changing)
+        kept = [values[name] for name in self._names[num_changing:]]
+        return bind(self._compiled, self._device, grid, self._types, kept, num_changing)
 
     def _bind_to_triton(
         self, grid: tuple[int, int], num_changing: int, values: Mapping[str, Any]

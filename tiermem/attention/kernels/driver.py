@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -153,6 +154,7 @@ def _descriptor(value: TensorDescriptor, encoding: dict[str, Any]) -> list[Any]:
     return [tensor_map, *numbers, *map(ctypes.c_int64, value.strides)]
 
 
+@cache
 def _driver() -> ctypes.CDLL:
     """The driver, which torch has loaded."""
     return ctypes.CDLL("libcuda.so.1")

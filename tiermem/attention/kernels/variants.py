@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -19,6 +20,8 @@ from tiermem.attention.kernels.tiles import (
     next_power_of_2,
 )
 
+KEPT = 256
+"""Variants of each kernel that are remembered: naming all arguments takes longer than a launch."""
 _TABLES = ("num_pages_ptr", "kv_end_ptr", "q_start_ptr")
 
 
@@ -44,6 +47,7 @@ class Operands:
         return next_power_of_2(self.head_dim)
 
 
+@lru_cache(KEPT)
 def attend_variant(
     operands: Operands,
     tile: Tile,
@@ -89,6 +93,7 @@ def attend_variant(
     )
 
 
+@lru_cache(KEPT)
 def decode_variant(
     operands: Operands, tile: DecodeTile, out_dtype: torch.dtype, *, early: bool
 ) -> Variant:
@@ -115,6 +120,7 @@ def decode_variant(
     )
 
 
+@lru_cache(KEPT)
 def merge_variant(
     num_heads: int,
     head_dim: int,
@@ -148,6 +154,7 @@ def merge_variant(
     )
 
 
+@lru_cache(KEPT)
 def store_variant(operands: Operands, tile: StoreTile) -> Variant:
     """The kernel that writes new tokens to their places."""
     row = pointer(operands.dtype, operands.aligned_rows)
