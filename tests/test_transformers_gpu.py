@@ -86,6 +86,43 @@ def test_greedy_tokens_in_fp16_up_to_ties(tmp_path: Path) -> None:
     assert all(reads.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_tokens_are_those_of_the_model(family: str) -> None:
+    """Everything fits the hot tier: one graph serves all tokens of several turns, padding and a crop included."""
+    model = tiny_model(family, 37).cuda()
+    ids, mask = (part.cuda() for part in left_padded([random_ids(1, n, n)[0] for n in (90, 33)]))
+    arguments = {"do_sample": False, "max_new_tokens": 60}
+    expected = reference(model, ids, attention_mask=mask, **arguments)
+    with TieredCache(model, tiers(model, 80, 0), page_tokens=PAGE_TOKENS) as cache:
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **arguments)
+        assert torch.equal(out, expected)
+        assert cache._decode.num_graphs == 1
+        cache.crop(-40)
+        grown = torch.cat([mask, mask.new_ones(2, out.shape[1] - mask.shape[1] - 40)], 1)
+        again = model.generate(
+            out[:, :-40], attention_mask=grown, past_key_values=cache, do_sample=False,
+            max_new_tokens=40,
+        )  # fmt: skip
+        assert torch.equal(again, expected)
+        assert cache._decode.num_graphs == 1
+        cache.manager.check()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_results_of_replays_are_the_callers_own() -> None:
+    model = tiny_model("llama", 41).cuda()
+    ids = random_ids(1, 20, 5).cuda()
+    with TieredCache(model, tiers(model, 40, 0), page_tokens=PAGE_TOKENS) as cache:
+        model(ids, past_key_values=cache)
+        results = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8)]
+        assert cache._decode.num_graphs == 1
+    everything = model(torch.cat([ids, ids[:, :8]], 1)).logits
+    for i, logits in enumerate(results):
+        torch.testing.assert_close(logits[:, 0], everything[:, 20 + i], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_the_comparison_up_to_ties_works_without_a_gpu(tmp_path: Path) -> None:
     model = half_model(torch.float16, "cpu")
