@@ -33,7 +33,7 @@ def run(bench: Run) -> Iterator[Result]:
     ------
     ConfigError: no room for K and V. InvariantError: a result differs from the reference.
     """
-    num_bytes = bench.pick(gpu=8 << 30, cpu=256 << 20, quick_gpu=2 << 30, quick_cpu=32 << 20)
+    num_bytes = bench.pick(gpu=8 << 30, cpu=512 << 20, quick_gpu=2 << 30, quick_cpu=32 << 20)
     backend = backend_for(bench.device.torch_device, bench.device.compute_capability, "float16")
     with KvField(bench.device, num_bytes) as field:
         rows = _KernelRows(bench, backend, field)
