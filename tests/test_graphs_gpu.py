@@ -149,6 +149,19 @@ def test_a_body_that_cannot_be_captured_runs_as_it_is(
     assert sum("not captured" in record.message for record in caplog.records) == 1
 
 
+def test_graphs_can_be_switched_off() -> None:
+    config = TierConfig(
+        device="cuda", gpu=40 * LAYOUT.slot_bytes, ram=0, ssd=0, decode_graphs="off"
+    )
+    with TierManager(LAYOUT, config) as manager:
+        text = Text(manager, 0)
+        prefill(manager, text, 100)
+        decoding = CapturedDecode(manager, body)
+        for _ in range(4):
+            decode(decoding, [text])
+        assert decoding.num_graphs == 0
+
+
 def test_forgotten_graphs_are_captured_again(manager: TierManager) -> None:
     text = Text(manager, 0)
     prefill(manager, text, 100)

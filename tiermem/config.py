@@ -23,7 +23,7 @@ from tiermem.legacy import LEGACY_KEYS, translate
 from tiermem.profiles import find_profile, hardware_profiles, profile_for_device
 from tiermem.units import Size, SizeKind, SizeLike, format_bytes
 
-__all__ = ["AttentionMath", "IoEngine", "TierConfig", "profile_for_device"]
+__all__ = ["AttentionMath", "DecodeGraphs", "IoEngine", "TierConfig", "profile_for_device"]
 
 AUTO_GPU_FRACTION = 0.8
 AUTO_RAM_FRACTION = 0.25
@@ -49,6 +49,13 @@ class AttentionMath(Enum):
     FLOAT32 = "float32"
 
 
+class DecodeGraphs(Enum):
+    """Whether decode steps are replayed as CUDA graphs. AUTO: where all pages are hot and it can be done."""
+
+    AUTO = "auto"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True, init=False)
 class TierConfig:
     """Sizes and behaviour of the tiers; read-only.
@@ -70,6 +77,7 @@ class TierConfig:
     pressure_warning, pressure_critical: shares (0 to 1) of device or host memory in use at which a warning is
         logged, once a level.
     attention_math: an AttentionMath or its text.
+    decode_graphs: a DecodeGraphs or its text; for `CapturedDecode` and the Hugging Face integration.
 
     Raises
     ------
@@ -91,6 +99,7 @@ class TierConfig:
     pressure_warning: float
     pressure_critical: float
     attention_math: AttentionMath
+    decode_graphs: DecodeGraphs
 
     def __init__(
         self,
@@ -110,6 +119,7 @@ class TierConfig:
         pressure_warning: float = 0.90,
         pressure_critical: float = 0.97,
         attention_math: AttentionMath | str = AttentionMath.AUTO,
+        decode_graphs: DecodeGraphs | str = DecodeGraphs.AUTO,
     ) -> None:
         path = None if ssd_path is None else check_path("ssd_path", ssd_path)
         values: dict[str, object] = {
@@ -128,6 +138,7 @@ class TierConfig:
             "pressure_warning": check_number("pressure_warning", pressure_warning, 0, 1),
             "pressure_critical": check_number("pressure_critical", pressure_critical, 0, 1),
             "attention_math": check_enum("attention_math", attention_math, AttentionMath),
+            "decode_graphs": check_enum("decode_graphs", decode_graphs, DecodeGraphs),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from tiermem.config import DecodeGraphs
 from tiermem.manager import TierManager
 from tiermem.sequence import Sequence
 from tiermem.step import Step
@@ -38,8 +39,8 @@ class CapturedDecode(Generic[Result]):
     """One new token for each of some sequences: `body` run by graph replay where that can be, else as it is.
 
     A graph is captured at the second step of a batch of one size, and again when its tables outgrow their memory.
-    Steps run as they are on a device without graphs, where pages are not hot, and where `body` cannot be captured
-    (it waits for the device or reads something back): a warning says so once.
+    Steps run as they are on a device without graphs, with `decode_graphs="off"`, where pages are not hot, and where
+    `body` cannot be captured (it waits for the device or reads something back): a warning says so once.
 
     Parameters
     ----------
@@ -54,7 +55,10 @@ class CapturedDecode(Generic[Result]):
         self._body = body
         self._graphs: dict[tuple[object, ...], Captured[Result]] = {}
         self._warm: set[tuple[object, ...]] = set()
-        self._can_capture = manager.torch_device.type == "cuda"
+        self._can_capture = (
+            manager.torch_device.type == "cuda"
+            and manager.config.decode_graphs is DecodeGraphs.AUTO
+        )
         self._memory = torch.cuda.graph_pool_handle() if self._can_capture else None
 
     @property
