@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         TierMemError,
         TransferError,
     )
+    from tiermem.graphs import CapturedDecode
     from tiermem.layout import PageLayout
     from tiermem.manager import TierManager
     from tiermem.sequence import Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tiermem.step import Step
 
 _HOMES = {
+    "CapturedDecode": "graphs",
     "ClosedError": "errors",
     "ConfigError": "errors",
     "CorruptPageError": "errors",
@@ -45,6 +47,7 @@ _HOMES = {
 
 __version__ = VERSION
 __all__ = [
+    "CapturedDecode",
     "ClosedError",
     "ConfigError",
     "CorruptPageError",

@@ -39,8 +39,8 @@ class CapturedDecode(Generic[Result]):
     """One new token for each of some sequences: `body` run by graph replay where that can be, else as it is.
 
     A graph is captured at the second step of a batch of one size, and again when its tables outgrow their memory.
-    Steps run as they are on a device without graphs, with `decode_graphs="off"`, where pages are not hot, and where
-    `body` cannot be captured (it waits for the device or reads something back): a warning says so once.
+    Steps run as they are on a device without graphs, with `decode_graphs="off"`, where pages are not hot, and
+    where `body` cannot be captured (it waits for the device or reads something back): a warning says so once.
 
     Parameters
     ----------
