@@ -143,7 +143,8 @@ void CopyEngine::submit(CopyDirection direction, std::span<const std::int64_t> d
   std::vector<CopyPiece> window;
   window.reserve(std::min(dst.size(), kWindow));
   std::size_t count = kFirstWindow;
-  for (std::size_t first = 0; first < dst.size(); first += count, count = std::min(2 * count, kWindow)) {
+  for (std::size_t first = 0; first < dst.size();
+       first += count, count = std::min(2 * count, kWindow)) {
     window.clear();
     for (std::size_t i = first; i < std::min(first + count, dst.size()); ++i) {
       window.push_back({static_cast<std::uint64_t>(dst[i]), static_cast<std::uint64_t>(src[i]),

@@ -76,8 +76,8 @@ void move_pieces(std::span<const std::int64_t> dst, std::span<const std::int64_t
   const auto total = static_cast<std::uint64_t>(
       std::accumulate(bytes.begin(), bytes.end(), std::int64_t{0}));
   const Pieces pieces{dst, src, bytes};
-  const std::uint64_t num_parts =
-      std::clamp<std::uint64_t>(total / kLeastThreadBytes, 1, std::max<std::size_t>(num_threads, 1));
+  const std::uint64_t most = std::max<std::size_t>(num_threads, 1);
+  const std::uint64_t num_parts = std::clamp<std::uint64_t>(total / kLeastThreadBytes, 1, most);
   std::vector<std::thread> threads;
   for (std::uint64_t part = 1; part < num_parts; ++part) {
     threads.emplace_back([&pieces, total, num_parts, part] {

@@ -1,5 +1,5 @@
 // A GPU driver whose streams run in random order: what the copy engine's order of events is tested
-// against. Device memory is host memory; a copy runs when a stream gets to it, not when it is given.
+// against. Device memory is host memory; a copy runs when a stream gets to it, not when given.
 #pragma once
 
 #include <cstring>

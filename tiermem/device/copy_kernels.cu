@@ -1,8 +1,8 @@
 // Copies of many pieces by kernels: between mapped host memory and device memory, and within the
 // latter. Compiled at run time by NVRTC for the GPU that is there (from sm_75 on).
 //
-// The table of pieces is the kernel's parameter; see KernelTable in copy_driver.h, whose layout this
-// is. Measured on an H200 (PCIe gen 5 x16, 55.5 GB/s by DMA), pieces of 16 KiB, GB/s to the device
+// The table of pieces is the kernel's parameter; its layout is KernelTable's in copy_driver.h.
+// Measured on an H200 (PCIe gen 5 x16, 55.5 GB/s by DMA), pieces of 16 KiB, GB/s to the device
 // and from it: 50.9 and 52.0 with copy_aligned on 4 blocks, 50.8 and 52.3 with copy_any on 64. What
 // is missing is the link's: a multiprocessor asks for 128 bytes at a time, DMA for more.
 
@@ -25,7 +25,7 @@ struct Table {
   Piece pieces[2040];
 };
 
-// ---- any addresses and sizes: a block takes a piece, a thread 4 words of 16 bytes at a time ------
+// ---- any addresses and sizes: a block takes a piece, a thread 4 words of 16 bytes at a time -----
 
 __device__ void copy_words(uint4* dst, const uint4* src, unsigned count) {
   constexpr unsigned kInFlight = 4;
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(1024) copy_any(const __grid_constan
 
 #if __CUDA_ARCH__ >= 900
 
-// ---- multiples of 16, sm_90: one thread a block drives bulk copies through shared memory ---------
+// ---- multiples of 16, sm_90: one thread a block drives bulk copies through shared memory --------
 //
 // kStages tiles of shared memory; kAhead of them are being read while the others are written out.
 // So 4 multiprocessors of 132 keep the link busy, and no registers are held.

@@ -37,8 +37,8 @@ class CopyRefused : public std::runtime_error {
   int code_;
 };
 
-// A piece of at most 65,535 bytes in two words: the addresses below, and above each of them a byte of
-// the size.
+// A piece of at most 65,535 bytes in two words: the addresses below, and above each of them a byte
+// of the size.
 struct KernelPiece {
   static constexpr unsigned kAddressBits = 56;
 
