@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -32,8 +33,8 @@ TIMEOUT_S = 60.0
 MEMORY_BYTES = 128 * MIB
 """Two batches of any way."""
 ROUNDS = 3
-"""Every way is measured so often, in turns: a virtual disk is slower and faster by the minute."""
-TIE = 0.02
+"""Every way is measured so often, in random turns: a virtual disk is slower and faster by the second."""
+TIE = 0.05
 """Ways this near to the best are as good: the one with the least in flight is taken."""
 
 ENGINE_NAMES = {"uring": EngineKind.IO_URING, "threads": EngineKind.THREADS}
@@ -233,7 +234,7 @@ def measure_disk(path: str | Path, *, num_bytes: int, seconds: float) -> DiskRat
 
 
 class _Measurement:
-    """Every way in turns, ROUNDS times; the median of each counts."""
+    """Every way and every raw loop in both directions, ROUNDS times; the median of each counts."""
 
     def __init__(self, file: _core.BlockFile, memory: NDArray[np.uint8], seconds: float) -> None:
         self._file = file
@@ -246,20 +247,25 @@ class _Measurement:
 
     def run(self) -> DiskRates:
         first = self._first_write()
-        raw: dict[IoDirection, list[list[float]]] = {d: [] for d in IoDirection}
-        way: dict[IoDirection, list[list[float]]] = {d: [] for d in IoDirection}
+        both = tuple(IoDirection)
+        jobs = [
+            *(partial(self._raw, direction, *loop) for direction in both for loop in self._loops),
+            *(partial(self._scattered, direction, way) for direction in both for way in self._ways),
+        ]
+        turns: list[list[float]] = [[] for _ in jobs]
         for _ in range(ROUNDS):
-            for direction in IoDirection:
-                raw[direction].append([self._raw(direction, *loop) for loop in self._loops])
-                way[direction].append([self._scattered(direction, w) for w in self._ways])
-        ceilings = {d: max(map(median, zip(*raw[d], strict=True))) for d in IoDirection}
-        rates = {d: [median(turns) for turns in zip(*way[d], strict=True)] for d in IoDirection}
+            for i in self._rng.permutation(len(jobs)).tolist():
+                turns[i].append(jobs[i]())
+        rates = [median(values) for values in turns]
+        raw_read, raw_write, read, write = np.split(
+            np.array(rates), np.cumsum([len(self._loops), len(self._loops), len(self._ways)])
+        )
         return DiskRates(
             self._file.is_direct,
-            ceilings[IoDirection.READ],
-            ceilings[IoDirection.WRITE],
+            float(raw_read.max()),
+            float(raw_write.max()),
             first,
-            tuple(map(DiskRate, self._ways, rates[IoDirection.READ], rates[IoDirection.WRITE])),
+            tuple(map(DiskRate, self._ways, read.tolist(), write.tolist())),
         )
 
     def _first_write(self) -> float:

@@ -53,8 +53,8 @@ log = logging.getLogger("tiermem")
 
 REGISTER_BYTES = 1 << 30
 """Of memory registered with io_uring at once: what the kernel takes."""
-REGISTER_S = 0.5
-"""Registering saves a little of every transfer; a start must not wait for it."""
+REGISTER_S = 1.0
+"""Registering saves a little of every transfer; a start must not wait for it. 2 GiB of huge pages took 36 ms."""
 
 ENGINE_KINDS = {
     "auto": _core.EngineKind.AUTO,
