@@ -9,10 +9,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tiermem.attention import PagedTables, WorkList
+from tiermem.attention import HostBackend, PagedTables, WorkList
 from tiermem.attention import work_list as columns
 from tiermem.attention.split_rule import MANY_WAVES, ONE_WAVE, TILE_TOKENS, equal_splits
 from tiermem.attention.work_list import OPEN_END, ROW_INTS, PlannedWork, plan_work
+from tiermem.layout import PageLayout
 
 NUM_SMS = 132
 
@@ -182,3 +183,22 @@ def test_a_work_list_refuses_other_rows() -> None:
         WorkList(rows, 0, 0)
     with pytest.raises(ValueError, match="num_partials=-1: must be at least 0"):
         WorkList(rows, 1, -1)
+
+
+def test_backends_plan_what_they_need() -> None:
+    layout = PageLayout(2, 8, 64, "float16", 16)
+    assert HostBackend().plan(layout, _lengths(100, 200)) is None
+    pytest.importorskip("triton")
+    from tiermem.attention.kernels.backend import TritonBackend
+
+    backend = TritonBackend((9, 0), NUM_SMS)
+    assert backend.plan(layout, _lengths()) is None
+    first = backend.plan(layout, _lengths(1000, 40))
+    assert first is not None
+    assert (first.rows == plan_work(_lengths(1000, 40), 8, NUM_SMS).rows).all()
+    # the same number of tiles: the same plan; then more tiles, then other heads
+    assert backend.plan(layout, _lengths(1024, 64)) is first
+    assert backend.plan(layout, _lengths(1025, 64)) is not first
+    assert backend.plan(layout, _lengths(1000, 40)) is not first
+    before = backend.plan(layout, _lengths(1000, 40))
+    assert backend.plan(PageLayout(2, 4, 64, "float16", 16), _lengths(1000, 40)) is not before

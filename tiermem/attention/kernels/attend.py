@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from tiermem.attention.kernels.work_row import load_chunk
+
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -275,12 +277,7 @@ def attend_pages(  # noqa: PLR0915 - a kernel keeps its state in local variables
     chunk_start = 0
     chunk_end = 0
     if HAS_WORK:
-        chunk_ptr = work_ptr + program // KV_HEADS * 8
-        sequence = tl.load(chunk_ptr)
-        chunk_start = tl.load(chunk_ptr + 1)
-        chunk_end = tl.load(chunk_ptr + 2)
-        splits = tl.load(chunk_ptr + 3)
-        part = tl.load(chunk_ptr + 4)
+        sequence, chunk_start, chunk_end, splits, part = load_chunk(work_ptr, program // KV_HEADS)
         if sequence < 0:
             return
         split = 0

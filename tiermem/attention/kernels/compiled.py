@@ -6,7 +6,7 @@ microseconds. Here the caller says once what a kernel is compiled for, and binds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -113,12 +113,12 @@ class CompiledKernels:
     def __init__(self, device: int) -> None:
         self.interpreted = bool(triton.knobs.runtime.interpret)
         """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1)."""
+        self.passed: Callable[[torch.Tensor], Any] = torch.Tensor.data_ptr
+        """What a launch takes for a tensor: its address, in the interpreter the tensor."""
+        if self.interpreted:
+            self.passed = _itself
         self._device = device
         self._kernels: dict[Variant, Kernel] = {}
-
-    def passed(self, tensor: torch.Tensor) -> Any:
-        """What a launch takes for a tensor: its address, in the interpreter the tensor."""
-        return tensor if self.interpreted else tensor.data_ptr()
 
     def kernel(self, variant: Variant) -> Kernel:
         """The kernel for `variant`."""
@@ -130,6 +130,10 @@ class CompiledKernels:
 
     def _load(self, variant: Variant) -> Kernel:
         return LoadedKernel(variant, self._device)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 class LoadedKernel:

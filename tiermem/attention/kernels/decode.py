@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from tiermem.attention.kernels.work_row import load_chunk
+
 _LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -87,12 +89,7 @@ def decode_chunks(  # noqa: PLR0915 - a kernel keeps its state in local variable
     V_ROWS: tl.constexpr = KV_HEADS * PAGE_TOKENS
     program = tl.program_id(0)
     kv_head = program % KV_HEADS
-    chunk_ptr = work_ptr + program // KV_HEADS * 8
-    sequence = tl.load(chunk_ptr)
-    start = tl.load(chunk_ptr + 1)
-    end = tl.load(chunk_ptr + 2)
-    splits = tl.load(chunk_ptr + 3)
-    part = tl.load(chunk_ptr + 4)
+    sequence, start, end, splits, part = load_chunk(work_ptr, program // KV_HEADS)
     if sequence < 0:
         return
 

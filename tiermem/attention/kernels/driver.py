@@ -1,8 +1,8 @@
 """Launches through the CUDA driver, with parameters that stay in place.
 
-Triton's own launcher converts every argument in every launch, and encodes the descriptors anew: 6 to 9
-microseconds a kernel, where the driver itself takes about 2. Here a launch is bound once to what does not change,
-and then only the few numbers that do are written before the driver is called.
+Triton's own launcher converts every argument in every launch, and encodes descriptors anew. Here a launch is
+bound once to what does not change, and then only the few numbers that do are written before the driver is
+called: 3 to 4 microseconds a kernel instead of about 6.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from tiermem.attention.kernels.work_row import load_parts
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -38,8 +40,7 @@ def merge_parts(
     row = item // HEADS
     head = item % HEADS
     if HAS_WORK:
-        first_part = tl.load(work_ptr + row * 8 + 5)
-        num_parts = tl.load(work_ptr + row * 8 + 6)
+        first_part, num_parts = load_parts(work_ptr, row)
         stride = 1
     else:
         first_part = row
