@@ -296,6 +296,42 @@ void test_other_threads_may_look(EngineKind kind) {
   CHECK(most_in_flight <= 64);
 }
 
+int ring_of_this_process() {
+  for (int fd = 0; fd < 4096; ++fd) {
+    std::array<char, 64> name = {};
+    const std::string link = "/proc/self/fd/" + std::to_string(fd);
+    if (::readlink(link.c_str(), name.data(), name.size() - 1) < 0) continue;
+    if (std::strcmp(name.data(), "anon_inode:[io_uring]") == 0) return fd;
+  }
+  return -1;
+}
+
+// The ring is taken away: what was given to it never ends, and what comes later is refused.
+void test_a_ring_that_broke_down_is_told() {
+  auto engine = make_engine(EngineKind::io_uring);
+  if (!engine) return;
+  const TemporaryPath path("broken");
+  const auto file = BlockFile::open(path.get(), kFileBytes, OpenMode::create);
+  const Memory memory(kPage);
+  const Batch batch = one(0, memory.address(), kPage);
+  CHECK(run(*engine, IoDirection::read, *file, batch).status == IoStatus::ok);
+  CHECK(::close(ring_of_this_process()) == 0);
+  const Ticket lost = engine->submit(IoDirection::read, *file, batch.view());
+  bool is_told = false;
+  for (int i = 0; i < 1'000'000 && !is_told; ++i) {
+    try {
+      engine->forget(engine->submit(IoDirection::read, *file, batch.view()));
+      std::this_thread::yield();
+    } catch (const std::system_error& error) {
+      is_told = error.code().value() == EBADF;
+    }
+  }
+  CHECK(is_told);
+  CHECK(engine->wait(lost, 0.01).status == IoStatus::pending);
+  CHECK(!engine->close(0.01));
+  engine.reset();  // returns at once
+}
+
 void test_options_out_of_range() {
   for (const std::int64_t bad : {-1, 0, 5000}) {
     tiermem::IoEngineOptions options;
@@ -333,6 +369,7 @@ int main() {
   test_operations_outlive_the_thread_that_submitted_them();
   test_a_stream_that_ends_early_fails();
   test_destruction_leaves_a_hanging_read_behind();
+  test_a_ring_that_broke_down_is_told();
   test_options_out_of_range();
   return tiermem_test::report("io_engine");
 }
