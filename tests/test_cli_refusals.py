@@ -41,7 +41,7 @@ def refuse(cli: Cli, code: int, words: str, *arguments: object) -> None:
     ("words", "arguments"),
     [
         ("no command given: must be one of generate, stats, doctor", ""),
-        ("invalid choice: 'bench'", "bench"),
+        ("invalid choice: 'swap'", "swap"),
         ("unrecognized arguments: --jso", "stats --jso"),
         ("'x' must be a number from 0.1 to 3600", "stats --watch x"),
         ("0 must be a number from 0.1 to 3600", "stats --watch 0"),
