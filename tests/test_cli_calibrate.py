@@ -125,6 +125,25 @@ def test_wrong_arguments_are_refused(cli: Cli, wrong: tuple[str, ...]) -> None:
     assert (found.code, found.out) == (2, "")
 
 
+def test_a_cache_that_cannot_be_is_refused_before_measuring(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def never(_run: object) -> None:
+        raise AssertionError("measured in vain")
+
+    monkeypatch.setattr(calibration_run.Run, "measure", never)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("TIERMEM_CACHE_DIR", str(tmp_path / "file"))
+    assert cli("calibrate", *CPU).code == 1
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("TIERMEM_CACHE_DIR", str(shared))
+    refused = cli("calibrate", *CPU)
+    assert refused.code == 2
+    assert "only this user can write to" in refused.err
+
+
 def test_the_bytes_and_operations_that_are_counted() -> None:
     with step_rates.TierManager(
         TINY.layout, step_rates.TierConfig(gpu="1MiB", ram=0, ssd=0, device="cpu")

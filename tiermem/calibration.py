@@ -175,6 +175,21 @@ def cache_dir() -> Path:
         raise ConfigError("no home directory: set TIERMEM_CACHE_DIR") from None
 
 
+def make_cache_dir() -> Path:
+    """`cache_dir()`, 0700 if it was absent.
+
+    Raises
+    ------
+    ConfigError: it is not a directory that only this user can write to. OSError: it cannot be made.
+    """
+    directory = cache_dir()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_directory(directory)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ConfigError(f"{directory}: cannot be written to; set TIERMEM_CACHE_DIR")
+    return directory
+
+
 def load(machine: Machine, now_s: float | None = None) -> Found:
     """The calibration of `machine`; never raises on account of what a file holds."""
     try:
@@ -210,11 +225,9 @@ def save(calibration: Calibration) -> Path:
 
     Raises
     ------
-    ConfigError: the directory is not a private one of this user. OSError: it cannot be written.
+    ConfigError, OSError: as `make_cache_dir`, or the file cannot be written.
     """
-    directory = cache_dir()
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_directory(directory)
+    directory = make_cache_dir()
     path = directory / f"calibration-{calibration.machine.key}.json"
     text = json.dumps(calibration.to_table(), indent=1, allow_nan=False)
     handle, name = tempfile.mkstemp(

@@ -115,6 +115,7 @@ def measure_and_keep(device: str, ssd_path: Path | None, *, quick: bool, as_json
     """Measure, keep, show; the exit code: 1 if a part could not be measured."""
     from tiermem.cli.tier_options import device_name, private_base
 
+    calibration.make_cache_dir()  # before anything takes its time
     place = private_base() / "tiermem" if ssd_path is None else ssd_path.expanduser()
     name = device_name(choose(device, survey()))
     run = Run(name, place, quick)
