@@ -16,7 +16,6 @@ import torch
 
 from tiermem.device.copy_measure import MeasurableDevice
 from tiermem.device.copy_rates import CopyMethod
-from tiermem.device.cpu import CpuDevice
 from tiermem.device.host import host_free_bytes
 from tiermem.device.protocol import Addresses, Device, DeviceKind, Direction, Memory
 from tiermem.measure.products import ProductCosts, product_costs
@@ -268,48 +267,6 @@ class Ceilings:
 
         samples = time_device(self._device, run, self._effort.repeats, warmups=2)
         return MATRIX_PRODUCTS * 2 * side**3 / samples.median_s
-
-
-def link_rate(device: Device, direction: Direction) -> float:
-    """`Ceilings.link_rate`, with buffers for this one measurement."""
-    with Ceilings(device) as ceilings:
-        return ceilings.link_rate(direction)
-
-
-def two_way_link_rate(device: Device) -> float:
-    """`Ceilings.two_way_link_rate`, with buffers for this one measurement."""
-    with Ceilings(device) as ceilings:
-        return ceilings.two_way_link_rate()
-
-
-def hbm_read_rate(device: Device) -> float:
-    """`Ceilings.hbm_read_rate`, with buffers for this one measurement."""
-    with Ceilings(device) as ceilings:
-        return ceilings.hbm_read_rate()
-
-
-def hbm_copy_rate(device: Device) -> float:
-    """`Ceilings.hbm_copy_rate`, with buffers for this one measurement."""
-    with Ceilings(device) as ceilings:
-        return ceilings.hbm_copy_rate()
-
-
-def ram_read_rate(threads: int) -> float:
-    """`Ceilings.ram_read_rate`, with buffers for this one measurement."""
-    with Ceilings(CpuDevice()) as ceilings:
-        return ceilings.ram_read_rate(threads)
-
-
-def ram_copy_rate(threads: int) -> float:
-    """`Ceilings.ram_copy_rate`, with buffers for this one measurement."""
-    with Ceilings(CpuDevice()) as ceilings:
-        return ceilings.ram_copy_rate(threads)
-
-
-def matmul_rate(device: Device, dtype: torch.dtype) -> float:
-    """`Ceilings.matmul_rate`, with buffers for this one measurement."""
-    with Ceilings(device, QUICK) as ceilings:
-        return ceilings.matmul_rate(dtype)
 
 
 def _room(wanted: int, free_bytes: int) -> int:
