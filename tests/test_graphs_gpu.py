@@ -96,7 +96,7 @@ def test_one_graph_serves_sequences_that_grow(manager: TierManager) -> None:
 def test_graphs_of_several_batch_sizes_live_side_by_side(manager: TierManager) -> None:
     texts = [Text(manager, seed) for seed in range(4)]
     for i, text in enumerate(texts):
-        prefill(manager, text, 50 + 311 * i)
+        prefill(manager, text, 50 + 211 * i)
     decoding = CapturedDecode(manager, body)
     for round_ in range(6):
         for count in (1, 4, 2, 3):
