@@ -64,7 +64,7 @@ def test_an_h200_holds_33b_with_128k(cli: Cli) -> None:
     assert document["weights_tier"] == "gpu"
     assert document["kv_tier"] == "gpu"
     assert document["limit"] == "hbm"
-    assert 33 < document["tokens_per_s"] < 44
+    assert 30 < document["tokens_per_s"] < 44
     assert document["kv_bytes"] == 33_285_996_544
     assert document["kv_bytes_per_token"] == 253_952
     assert [tier["name"] for tier in document["tiers"]] == ["gpu", "ram", "ssd"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from tiermem.cli.human import NOTHING, count_text, duration_text, rate_text, time_text
 from tiermem.cli.table import Align, Table, pairs, printable
 from tiermem.forecast.answer import Forecast
-from tiermem.forecast.speed import Limit, Mode, StepTime
+from tiermem.forecast.speed import SMALL_WORK, Limit, Mode, StepTime
 from tiermem.forecast.weights import BITS, bytes_read, num_parameters
 from tiermem.model_shape import ModelShape
 
@@ -178,7 +178,7 @@ def _sums(found: Forecast) -> Iterator[str]:
     yield (
         f"  besides, in each of {shape.num_layers} layers: {program.products} products x "
         f"{time_text(rates['product_s'])} + {program.small_kernels} small kernels x "
-        f"{time_text(rates['kernel_s'])}{_gaps(step)} = {time_text(step.kernels_s)}"
+        f"{SMALL_WORK} x {time_text(rates['kernel_s'])}{_gaps(step)} = {time_text(step.kernels_s)}"
     )
     yield f"  on the GPU together {time_text(step.gpu_s)}"
     yield from _other_sums(step, rates, shape.num_layers)

@@ -19,7 +19,7 @@ ASSUMED_SHARE = {"linear_read": 0.90, "decode_read": 0.90}
 ASSUMED_PREFILL_SHARE = 0.5
 """Of the rate of large products, where attention in prefill was not measured."""
 ASSUMED = Rates(
-    attend_s=8e-6, product_s=2e-6, kernel_s=1.5e-6, queued_kernel_s=2.5e-6, launch_s=6e-6,
+    attend_s=8e-6, product_s=4e-6, kernel_s=1.5e-6, queued_kernel_s=3e-6, launch_s=6e-6,
     step_s=150e-6, layer_s=30e-6,
 )  # fmt: skip
 """Costs of launches where they were not measured: what tiermem aims at, and what GPUs of these years need."""
