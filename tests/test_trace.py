@@ -76,3 +76,51 @@ def test_the_environment_switches_it(value: str, wanted: str) -> None:
     )  # fmt: skip
     has_cuda = torch.version.cuda is not None
     assert done.stdout.strip() == (str(has_cuda) if wanted == "cuda" else wanted)
+
+
+STEPS = """
+import torch
+seen = []
+torch.cuda.nvtx.range_push = seen.append
+torch.cuda.nvtx.range_pop = lambda: seen.append(")")
+torch.version.cuda = torch.version.cuda or "13.0"
+from tiermem import PageLayout, TierConfig, TierManager
+layout = PageLayout(2, 1, 16, "float16", 16)
+config = TierConfig(gpu=layout.slot_bytes * 4, ram="1MiB", device="cpu")
+with TierManager(layout, config) as manager:
+    sequence = manager.open_sequence()
+    for count in (40, 40, 1):
+        with manager.step([sequence], count) as step:
+            for layer in range(2):
+                kv = torch.ones(count, 1, 16).half()
+                step.append(layer, kv, kv)
+                step.attend(layer, kv)
+    try:
+        with manager.step([sequence], 1):
+            raise KeyError
+    except KeyError:
+        pass
+print(" ".join(seen))
+"""
+
+
+def test_steps_and_transfers_are_ranges_that_nest() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS], env=environment(TIERMEM_NVTX="1"), text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    depth, within_step = 0, set()
+    names = done.stdout.strip().removeprefix("tiermem: ").split(" tiermem: ")
+    for text in names:
+        name, *ends = text.split(" )")
+        if depth:
+            within_step.add(name)
+        assert (name == "step") <= (depth == 0)
+        depth += 1 - len(ends)
+        assert depth >= 0
+    assert depth == 0
+    assert sum(text.split(" )")[0] == "step" for text in names) == 4
+    assert within_step >= {
+        "plan", "append", "attend", "reap", "submit copies", "stream slices in",
+        "stream slices out",
+    }  # fmt: skip

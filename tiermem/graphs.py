@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from tiermem import trace
 from tiermem.config import DecodeGraphs
 from tiermem.manager import TierManager
 from tiermem.sequence import Sequence
@@ -103,7 +104,9 @@ class CapturedDecode(Generic[Result]):
             self._graphs[key] = captured
             for place, value in zip(captured.inputs, inputs, strict=True):
                 place.copy_(value)
+            trace.begin("replay")
             captured.graph.replay()
+            trace.end()
             step.note_replay()
         self._drop_oldest()
         return captured.result

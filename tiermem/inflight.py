@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from tiermem.errors import TransferError
+from tiermem.trace import traced
 
 log = logging.getLogger("tiermem")
 
@@ -47,6 +48,7 @@ class InFlight:
         """Take `work`, whose pins are already held."""
         self._works.append(work)
 
+    @traced("reap")
     def reap(self) -> None:
         """Settle every work that has ended; never blocks."""
         for work in list(self._works):

@@ -17,8 +17,10 @@ from tiermem.errors import OutOfPagesError, TransferError
 from tiermem.plan import NO_PAGE, NO_PAGES, Pin, Plan, Share
 from tiermem.pools import NO_SLOT, VALID, Ids, Slots, Tier
 from tiermem.sequence import Sequence
+from tiermem.trace import traced
 
 
+@traced("plan")
 def make_plan(core: Core, sequences: list[Sequence], new_tokens: list[int]) -> Plan:
     """Plan a step and get hold of all it needs; on an error everything is as before.
 
@@ -39,6 +41,7 @@ def make_plan(core: Core, sequences: list[Sequence], new_tokens: list[int]) -> P
     return plan
 
 
+@traced("plan")
 def plan_resident(core: Core, sequences: list[Sequence], new_tokens: list[int]) -> Plan | None:
     """The plan of a step whose old pages are all held hot by leases, without looking at each of them.
 

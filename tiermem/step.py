@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from tiermem import trace
 from tiermem.attention.pool_view import TORCH_DTYPES
 from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks
 from tiermem.core import Core
@@ -93,6 +94,7 @@ class Step:
     def __enter__(self) -> Step:
         core = self._core
         self._owner.step_begins(self)
+        trace.begin("step")
         self._set_running(True)  # before planning: the open pages of these sequences are not idle
         core.leases.step_begins(self._sequences)
         try:
@@ -126,6 +128,7 @@ class Step:
 
     # ---- the body ----------------------------------------------------------------------------------
 
+    @trace.traced("append")
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Store K and V of the new tokens of one layer.
 
@@ -156,6 +159,7 @@ class Step:
                 self._save(chunk, layer)
         self._next_layer += 1
 
+    @trace.traced("attend")
     def attend(
         self,
         layer: int,
@@ -330,6 +334,7 @@ class Step:
             core.mover.quarantine(damaged, Tier.SSD)
 
     def _leave(self, reads: dict[Tier, int]) -> None:
+        trace.end()
         self._set_running(False)
         self._owner.step_ended(self._sequences, reads)
 

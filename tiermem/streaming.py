@@ -18,6 +18,7 @@ from tiermem.errors import CorruptPageError, TransferError
 from tiermem.layout import SLOT_ALIGN_BYTES, PageLayout, round_up
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
 from tiermem.store import ColdStore
+from tiermem.trace import traced
 from tiermem.transfer import Mover
 
 NUM_HALVES = 2
@@ -81,6 +82,7 @@ class Ring:
         """The first `count` slots of `half` in the ring."""
         return np.arange(half * self.chunk_pages, half * self.chunk_pages + count, dtype=np.int64)
 
+    @traced("stream slices in")
     def load(self, half: int, layer: int, ids: Ids, tiers: Slots) -> None:
         """Bring `layer` of the pages, each from a VALID copy in its tier, to the first slots of `half`.
 
@@ -128,6 +130,7 @@ class Ring:
         """What the compute stream was given so far was the last to use `half`."""
         self._users[half] = [self._device.compute_stream().record()]
 
+    @traced("stream slices out")
     def save(self, half: int, count: int, layer: int, dst: Slots) -> Event:
         """Copy the first `count` slices of `half`, as the compute stream leaves them, into RAM slots `dst`.
 
@@ -140,6 +143,7 @@ class Ring:
         self._note(Tier.GPU, Tier.RAM, count)
         return event
 
+    @traced("stream slices out")
     def save_cold(self, half: int, count: int, layer: int, dst: Slots) -> np.ndarray:
         """Write them to SSD slots `dst` and wait; the slices' checksums (count,) uint64."""
         assert self._host is not None and self._store is not None

@@ -24,6 +24,7 @@ from tiermem.meter import Meter
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
 from tiermem.store import ColdStore, StoreTransfer
 from tiermem.store_format import PageName
+from tiermem.trace import traced
 
 Running = Event | StoreTransfer
 
@@ -176,6 +177,7 @@ class Mover:
         """Pinned memory beyond the tiers, bytes."""
         return sum(memory.num_bytes for memory in self.staging)
 
+    @traced("submit copies")
     def submit(self, ids: Ids, src: Tier, dst: Tier) -> list[Transfer]:
         """Start copying `ids` from `src` to `dst`; the source copies stay.
 
