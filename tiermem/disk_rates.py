@@ -30,8 +30,8 @@ SPARE_BYTES = 16 * MIB
 """Left to everybody else on the disk."""
 LEAST_SECONDS, MOST_SECONDS = 0.5, 600.0
 TIMEOUT_S = 60.0
-MEMORY_BYTES = 128 * MIB
-"""Two batches of any way."""
+LEAST_MEMORY, MOST_MEMORY = 128 * MIB, 512 * MIB
+"""Two batches of any way; and more than the processor's caches hold, as the pools are."""
 ROUNDS = 3
 """Every way is measured so often, in random turns: a virtual disk is slower and faster by the second."""
 TIE = 0.05
@@ -230,7 +230,8 @@ def measure_disk(path: str | Path, *, num_bytes: int, seconds: float) -> DiskRat
     if not LEAST_SECONDS <= seconds <= MOST_SECONDS:
         raise ValueError(f"seconds={seconds}: must be {LEAST_SECONDS} to {MOST_SECONDS}")
     with _private_file(Path(path), num_bytes - num_bytes % (4 * MIB)) as file:
-        return _Measurement(file, _aligned_memory(MEMORY_BYTES), seconds).run()
+        memory = _aligned_memory(min(max(num_bytes, LEAST_MEMORY), MOST_MEMORY))
+        return _Measurement(file, memory, seconds).run()
 
 
 class _Measurement:
@@ -303,7 +304,7 @@ class _Measurement:
             start_s = time.perf_counter()
             while turn == 0 or goes_on(turn, time.perf_counter() - start_s):
                 part = parts[turn % len(parts)]
-                queued.append(self._submit(engine, direction, way, part, turn % 2))
+                queued.append(self._submit(engine, direction, way, part, turn))
                 num_bytes += len(part) * way.piece_bytes
                 turn += 1
                 if len(queued) > 1:
@@ -318,13 +319,18 @@ class _Measurement:
         direction: IoDirection,
         way: DiskOptions,
         offsets: NDArray[np.int64],
-        half: int,
+        turn: int,
     ) -> int:
         submit: Callable[..., int] = (
             engine.submit_read if direction is IoDirection.READ else engine.submit_write
         )
-        base = self._memory.ctypes.data + half * (self._memory.nbytes // 2)
-        addresses = base + np.arange(len(offsets), dtype=np.int64) * way.piece_bytes
+        batch_bytes = way.depth * way.piece_bytes
+        place = turn % (self._memory.nbytes // batch_bytes) * batch_bytes
+        addresses = (
+            self._memory.ctypes.data
+            + place
+            + np.arange(len(offsets), dtype=np.int64) * way.piece_bytes
+        )
         return submit(
             self._file, offsets, addresses, np.full(len(offsets), way.piece_bytes, dtype=np.int64)
         )

@@ -73,8 +73,7 @@ class Loop {
     const auto step = static_cast<std::uint64_t>(loop_.num_at_once);
     for (std::uint64_t i = first; i == first || !is_over(); i += step) {
       const auto offset = static_cast<off_t>(offset_of(i));
-      // Memory by thread: two transfers never share it.
-      void* place = place_of(first);
+      void* place = place_of(i);
       const ssize_t moved = is_read() ? ::pread(fd_, place, piece_bytes_, offset)
                                       : ::pwrite(fd_, place, piece_bytes_, offset);
       take_in(moved < 0 ? -errno : moved);
@@ -94,9 +93,10 @@ class Loop {
     std::vector<iovec> segments(depth);
     std::uint64_t next = 0;
     const auto start = [&](std::uint64_t place) {
-      segments[place] = {place_of(place), piece_bytes_};
-      ring.prepare_vectored(loop_.direction, {fd_, false}, {&segments[place], 1}, offset_of(next++),
+      segments[place] = {place_of(next), piece_bytes_};
+      ring.prepare_vectored(loop_.direction, {fd_, false}, {&segments[place], 1}, offset_of(next),
                             place);
+      ++next;
     };
     std::uint64_t in_flight = 0;
     for (; in_flight < depth; ++in_flight) start(in_flight);
