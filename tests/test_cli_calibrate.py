@@ -167,6 +167,3 @@ def test_a_gpu_has_every_rate(cli: Cli) -> None:
     }
     assert made["copies"]["rows"]
     assert made["machine"]["gpu_uuid"]
-    rates = made["rates"]
-    assert rates["hbm_read"] > 5 * rates["link_to_device"]
-    assert rates["queued_kernel_s"] >= rates["kernel_s"] * 0.8
