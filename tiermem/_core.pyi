@@ -546,9 +546,10 @@ def raw_disk_rate(
     """Bytes a second of a plain loop over a file: the ceiling that an `IoEngine` is measured against.
 
     `num_at_once` threads with pread or pwrite, or one io_uring of that depth, move pieces in the order
-    of their offsets between the file and `num_bytes` of memory, for `seconds`. Direct I/O if the file
-    has it. Raises OSError for a transfer that fails or is short, and where io_uring is refused;
-    ValueError for numbers that cannot be. Releases the GIL.
+    of their offsets between the file and `num_bytes` of memory, used in turns, for `seconds`. Direct I/O
+    if the file has it. What the memory holds afterwards means nothing. Raises OSError for a transfer that
+    fails or is short, and where io_uring is refused; ValueError for numbers that cannot be. Releases the
+    GIL.
     """
 
 # -- Checksum -------------------------------------------------------------------------------------
