@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import pairwise
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -199,11 +199,10 @@ def test_a_first_copy_waits_for_nothing(method: CopyMethod) -> None:
     stream, other, latch = device.new_stream(), device.new_stream(), Latch(device)
     torch.cuda.synchronize()
     with latch.holding(stream, other):
-        start = perf_counter()
         device.copy(UP, hot.address + places, memory.address + pages, PAGE, stream)
         event = stream.record()
         device.copy(DOWN, memory.address + pages, hot.address + places, PAGE, other)
-        assert perf_counter() - start < 1
+        # Done if a copy had waited until the latch gave up.
         assert not any(event.done() for _ in range(POLLS))
         other.wait_event(event)
     other.synchronize()
@@ -235,25 +234,24 @@ def test_a_refused_copy_harms_nothing(
     )
 
 
-def test_a_first_stream_measures_in_less_than_half_a_second(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_first_stream_of_a_process_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copy_measure, "_measured", {})
     device = CudaDevice(0)
-    device.copy_rates = CopyRates()
     device.new_stream()
-    device.copy_rates = None
-    start = perf_counter()
+    rates = device.copy_rates
+    assert rates is not None
+    assert {row.case.direction for row in rates.rows} == set(Direction)
+    assert {row.method for row in rates.rows} == set(CopyMethod) - {CopyMethod.SINGLE}
+    assert device.copy_method is None
     device.new_stream()
-    assert perf_counter() - start < 0.5
-    assert device.copy_rates is not None
-    assert len(device.copy_rates.rows) > 0
+    assert device.copy_rates is rates
     device.close()
 
 
-def test_measured_rates_choose_dma_for_large_pieces(device: CudaDevice) -> None:
+def test_measured_rates_survive_a_file(device: CudaDevice) -> None:
     rates = measure_copies(device, seconds=1)
-    for direction in (UP, DOWN):
+    assert all(row.gb_per_s > 0 for row in rates.rows)
+    assert CopyRates.from_dict(json.loads(json.dumps(rates.to_dict()))) == rates
+    for direction in Direction:
         for busy in (False, True):
-            assert rates.best(direction, 1 << 20, busy=busy) is CopyMethod.BATCH
-    assert CopyRates.from_dict(rates.to_dict()) == rates
+            assert rates.methods(direction, busy=busy).size > 0

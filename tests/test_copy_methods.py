@@ -217,7 +217,7 @@ def test_after_a_refused_batch_the_next_one_goes_through(
 def test_measuring_tries_every_method_in_every_case(
     device: CudaDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(copy_measure, "FINE", CopyPlan((1024, 4096), (1, 8), 64 * KIB, 1))
+    monkeypatch.setattr(copy_measure, "FINE", CopyPlan((1024, 4096), (1, 8, 64), 64 * KIB, 2, 1))
     monkeypatch.setattr(copy_measure, "MIN_TOTAL_BYTES", 64 * KIB)
     device.copy_method = CopyMethod.SINGLE
     rates = measure_copies(device, seconds=1)
@@ -228,7 +228,10 @@ def test_measuring_tries_every_method_in_every_case(
         )
         for r in rates.rows
     }
-    assert len(found) == 2 * 2 * 2 * 2 + 2
+    sizes_and_runs = {(size, run) for _, _, size, run in found}
+    # a run of 64 × 4,096 bytes does not fit
+    assert sizes_and_runs == {(1024, 1), (1024, 8), (1024, 64), (4096, 1), (4096, 8)}
+    assert len(found) == 5 * 2 * 2 + 2
     for (direction, _, _, run_length), methods in found.items():
         wanted = {CopyMethod.BATCH, CopyMethod.KERNEL}
         if run_length > 1 and direction is not WITHIN:
@@ -242,7 +245,7 @@ def test_the_first_stream_measures_once_for_all_devices_of_a_kind(
     fake: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(copy_measure, "_measured", {})
-    monkeypatch.setattr(copy_measure, "COARSE", CopyPlan((4096,), (1,), 16 * KIB, 1))
+    monkeypatch.setattr(copy_measure, "COARSE", CopyPlan((4096,), (1,), 16 * KIB, 1, 1))
     first = CudaDevice(0)
     assert first.copy_rates is None
     first.new_stream()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.gpu
 SIZE = 4 << 20
 PAGE = 64 << 10
 UP, DOWN = Direction.HOST_TO_DEVICE, Direction.DEVICE_TO_HOST
+ROUNDS = 4
 POLLS = 2000
 """How often an event is asked that must not be done: for some milliseconds."""
 
@@ -305,11 +306,24 @@ def _cycle(device: CudaDevice) -> None:
     copy_pages(device, DOWN, host, hot, stream)
 
 
-def _assert_no_growth(before: tuple[int, int, int], after: tuple[int, int, int]) -> None:
+def _assert_no_growth(cycle: Callable[[], None]) -> None:
+    """200 cycles leave nothing behind; they are tried again, because others may use the GPU too."""
+    for _ in range(5):
+        cycle()
+    growths = []
+    for _ in range(ROUNDS):
+        before = _used()
+        for _ in range(200):
+            cycle()
+        growths.append([now - then for now, then in zip(_used(), before, strict=True)])
+        if _is_little(growths[-1]):
+            return
+    raise AssertionError(f"bytes of the GPU, of this process and files that stayed: {growths}")
+
+
+def _is_little(growth: list[int]) -> bool:
     # 200 cycles of 4 MiB would leave 800 MiB behind; CUDA and malloc keep a little of their own.
-    assert after[0] - before[0] <= 8 << 20
-    assert after[1] - before[1] <= 64 << 20
-    assert after[2] == before[2]
+    return growth[0] <= 8 << 20 and growth[1] <= 64 << 20 and growth[2] == 0
 
 
 def test_200_opened_and_closed_devices_leave_nothing_behind() -> None:
@@ -318,12 +332,7 @@ def test_200_opened_and_closed_devices_leave_nothing_behind() -> None:
         _cycle(device)
         device.close()
 
-    for _ in range(5):
-        cycle()
-    before = _used()
-    for _ in range(200):
-        cycle()
-    _assert_no_growth(before, _used())
+    _assert_no_growth(cycle)
 
 
 def test_200_allocations_leave_nothing_behind(device: CudaDevice) -> None:
@@ -335,9 +344,4 @@ def test_200_allocations_leave_nothing_behind(device: CudaDevice) -> None:
             memory.free()
 
     stream = device.new_stream()
-    for _ in range(5):
-        cycle()
-    before = _used()
-    for _ in range(200):
-        cycle()
-    _assert_no_growth(before, _used())
+    _assert_no_growth(cycle)

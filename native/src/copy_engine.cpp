@@ -45,7 +45,8 @@ class CopyEngine::Submission {
         owner_(owner),
         has_kernel_(kernels_of(engine, direction).any.function != 0),
         batch_(engine.driver_, engine.parts_.pieces_per_call, stream),
-        kernel_(engine.driver_, kernels_of(engine, direction), engine.link_table_, stream) {
+        kernel_(engine.driver_, kernels_of(engine, direction), engine.link_table_, stream,
+                KernelSink::kFewUnits) {
     if (direction == CopyDirection::DeviceToDevice || owner == StreamOwner::Other) return;
     const CopyStaging& staging = engine.parts_.staging[index_of(direction)];
     if (staging.events.empty()) return;

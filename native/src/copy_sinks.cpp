@@ -13,10 +13,17 @@ constexpr std::uint64_t kRowAlign = 256;
 constexpr std::uint64_t kLeastStages = 8;
 constexpr std::uint64_t kLeastStageBytes = 4 << 20;
 
+constexpr std::size_t kFirstBatch = 16;
+constexpr std::size_t kBatchGrowth = 2;
+constexpr std::size_t kLaunchGrowth = 4;
+
 }  // namespace
 
 BatchSink::BatchSink(const CopyDriver& driver, std::size_t pieces_per_call, StreamHandle stream)
-    : driver_(driver), capacity_(driver.has_batches() ? pieces_per_call : 1), stream_(stream) {}
+    : driver_(driver),
+      most_(driver.has_batches() ? pieces_per_call : 1),
+      capacity_(std::min(most_, kFirstBatch)),
+      stream_(stream) {}
 
 void BatchSink::add(const CopyPiece& piece) {
   dst_.push_back(piece.dst);
@@ -35,11 +42,16 @@ void BatchSink::flush() {
   dst_.clear();
   src_.clear();
   bytes_.clear();
+  capacity_ = std::min(most_, kBatchGrowth * capacity_);
 }
 
 KernelSink::KernelSink(const CopyDriver& driver, const CopyKernels& kernels, KernelTable& table,
-                       StreamHandle stream)
-    : driver_(driver), kernels_(kernels), table_(table), stream_(stream) {
+                       StreamHandle stream, std::size_t first_units)
+    : driver_(driver),
+      kernels_(kernels),
+      table_(table),
+      stream_(stream),
+      capacity_(std::min(first_units, KernelTable::kCapacity)) {
   table_.count = 0;
 }
 
@@ -59,6 +71,7 @@ void KernelSink::flush() {
   driver_.launch(is_aligned ? kernels_.aligned : kernels_.any, table_, stream_);
   table_.count = 0;
   bits_ = 0;
+  capacity_ = std::min(KernelTable::kCapacity, kLaunchGrowth * capacity_);
 }
 
 StagingSink::StagingSink(const CopyDriver& driver, const CopyStaging& staging,
@@ -73,7 +86,7 @@ StagingSink::StagingSink(const CopyDriver& driver, const CopyStaging& staging,
       limit_bytes_(std::min(staging.stage_bytes,
                             std::max(kLeastStageBytes, total_bytes / kLeastStages))),
       batch_(driver, pieces_per_call, stream),
-      kernel_(driver, kernels, table, staging.stream) {}
+      kernel_(driver, kernels, table, staging.stream, KernelTable::kCapacity) {}
 
 void StagingSink::add(std::span<const CopyPiece> run) {
   while (!run.empty()) {

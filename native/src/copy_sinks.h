@@ -11,7 +11,8 @@
 
 namespace tiermem {
 
-// Driver copies in batches, or one by one where there are none.
+// Driver copies in batches, or one by one where there are none. The first calls are small, so that
+// the link is busy while the next ones are put together: the driver takes 0.5 µs a piece.
 class BatchSink {
  public:
   BatchSink(const CopyDriver& driver, std::size_t pieces_per_call, StreamHandle stream);
@@ -21,7 +22,8 @@ class BatchSink {
 
  private:
   const CopyDriver& driver_;
-  std::size_t capacity_;
+  std::size_t most_;
+  std::size_t capacity_;  // of the next call
   StreamHandle stream_;
   std::vector<std::uint64_t> dst_, src_, bytes_;
 };
@@ -32,15 +34,19 @@ class KernelSink {
   // Larger pieces are cut, so that a few of them occupy every block.
   static constexpr std::uint64_t kUnitBytes = 32 << 10;
 
+  // For a first launch that starts soon.
+  static constexpr std::size_t kFewUnits = 64;
+
   static std::size_t units_of(std::uint64_t bytes) {
     return static_cast<std::size_t>((bytes + kUnitBytes - 1) / kUnitBytes);
   }
 
+  // The first launch is for so many units, later ones for up to as many as a table holds.
   KernelSink(const CopyDriver& driver, const CopyKernels& kernels, KernelTable& table,
-             StreamHandle stream);
+             StreamHandle stream, std::size_t first_units);
 
   // How many units fit before the next launch.
-  std::size_t room() const { return KernelTable::kCapacity - table_.count; }
+  std::size_t room() const { return capacity_ - table_.count; }
 
   void add(CopyPiece piece);
   void flush();
@@ -50,6 +56,7 @@ class KernelSink {
   const CopyKernels& kernels_;
   KernelTable& table_;
   StreamHandle stream_;
+  std::size_t capacity_;  // of the next launch
   std::uint64_t bits_ = 0;  // of all addresses and sizes in the table
 };
 

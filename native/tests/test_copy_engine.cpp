@@ -248,6 +248,28 @@ void test_neighbours_in_host_memory_are_one_dma_each_stage() {
   CHECK(world.driver.counts["launch"] == 2);
 }
 
+// The first calls are small, so that bytes move soon; then they are as large as they may be.
+void test_calls_grow() {
+  World world(10);
+  CopyParts parts = world.parts(true);
+  parts.pieces_per_call = 100;
+  CopyEngine engine(world.calls(true), parts);
+  Batch batch;
+  for (std::size_t i = 0; i < kSlots; ++i) {
+    batch.dst.push_back(address(world.device, (i * 7) % kSlots));
+    batch.src.push_back(address(world.host, i));
+    batch.bytes.push_back(kSlotBytes);
+  }
+  engine.choose(kUp, false, always(CopyMethod::Batch));
+  engine.submit(kUp, batch.dst, batch.src, batch.bytes, kStreams[0], StreamOwner::Device);
+  CHECK(world.driver.batch_sizes == std::vector<std::size_t>{16, 32, 64, 100, 88});
+  engine.choose(kUp, true, always(CopyMethod::Kernel));
+  engine.choose(kUp, false, always(CopyMethod::Kernel));
+  engine.submit(kUp, batch.dst, batch.src, batch.bytes, kStreams[0], StreamOwner::Device);
+  CHECK(world.driver.counts["launch"] == 2);  // 64, then 236 of up to 256
+  CHECK(world.driver.run_all());
+}
+
 // Nothing reaches over a border: the driver would refuse it.
 void test_borders_cut_every_copy() {
   for (const CopyMethod method : kMethods) {
@@ -390,6 +412,7 @@ int main() {
   test_within_the_device();
   test_batches_are_cut_and_neighbours_joined();
   test_neighbours_in_host_memory_are_one_dma_each_stage();
+  test_calls_grow();
   test_borders_cut_every_copy();
   test_aligned_pieces_get_the_kernel_for_them();
   test_large_batches_fill_many_tables_and_stages();

@@ -25,24 +25,36 @@ KIB = 1 << 10
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
-    """What is measured, each case with `total_bytes` in each direction and so many repeats."""
+    """What is measured: for each case `batches` batches of `total_bytes` in each direction, repeated.
+
+    The batches of one repeat follow each other without a wait, as those of a step do: one alone
+    would show how soon a method starts more than how fast it is.
+    """
 
     sizes: tuple[int, ...]
     run_lengths: tuple[int, ...]
     total_bytes: int
+    batches: int
     repeats: int
 
+    def cases(self) -> Iterator[tuple[int, int]]:
+        """Piece bytes and run lengths of which at least one run fits."""
+        for size, run in product(self.sizes, self.run_lengths):
+            if size * run <= self.total_bytes:
+                yield size, run
 
-COARSE = CopyPlan((16 * KIB, 64 * KIB, 256 * KIB), (1, 16), 32 << 20, 2)
+
+COARSE = CopyPlan((16 * KIB, 64 * KIB, 256 * KIB), (1, 16), 16 << 20, 2, 2)
 FINE = CopyPlan(
     (4 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 1024 * KIB),
     (1, 4, 16, 64),
-    64 << 20,
-    5,
+    32 << 20,
+    4,
+    3,
 )
-FINE_SECONDS = 3.0
-"""What FINE takes where the link is a PCIe gen 4 x16 or better."""
-MIN_TOTAL_BYTES = 8 << 20
+FINE_SECONDS = 5.0
+"""What FINE takes with a PCIe gen 5 x16 link."""
+MIN_TOTAL_BYTES = 4 << 20
 
 _measured: dict[str, CopyRates] = {}
 
@@ -94,15 +106,15 @@ def _measure(device: Device, plan: CopyPlan) -> CopyRates:
 
 
 def _rows(field: _Field, plan: CopyPlan) -> Iterator[CopyRate]:
-    for size, run in product(plan.sizes, plan.run_lengths):
+    for size, run in plan.cases():
         for direction, busy in product((UP, DOWN), (False, True)):
             case = CopyCase(direction, busy, size, run)
             for method in IN_RUNS if run > 1 else SCATTERED:
-                yield CopyRate(case, method, field.rate(case, method, plan.repeats))
+                yield CopyRate(case, method, field.rate(case, method, plan))
     for size in plan.sizes:
         case = CopyCase(Direction.DEVICE_TO_DEVICE, False, size, 1)
         for method in SCATTERED:
-            yield CopyRate(case, method, field.rate(case, method, plan.repeats))
+            yield CopyRate(case, method, field.rate(case, method, plan))
 
 
 @contextmanager
@@ -139,14 +151,15 @@ class _Field:
         finally:
             hot.free()
 
-    def rate(self, case: CopyCase, method: CopyMethod, repeats: int) -> float:
+    def rate(self, case: CopyCase, method: CopyMethod, plan: CopyPlan) -> float:
         """GB/s of one direction; with both at work the mean of them."""
         self.device.copy_method = method
         ways = [case.direction, OPPOSITE[case.direction]] if case.busy else [case.direction]
         batches = [(way, *self._addresses(way, case)) for way in ways]
         self._run(batches, case.piece_bytes)  # warms up
-        seconds = median(self._run(batches, case.piece_bytes) for _ in range(repeats))
-        return len(batches[0][1]) * case.piece_bytes / seconds / 1e9
+        times = [self._run(batches * plan.batches, case.piece_bytes) for _ in range(plan.repeats)]
+        num_bytes = plan.batches * len(batches[0][1]) * case.piece_bytes
+        return num_bytes / median(times) / 1e9
 
     def _run(
         self, batches: list[tuple[Direction, Addresses, Addresses]], piece_bytes: int
@@ -154,8 +167,8 @@ class _Field:
         start = perf_counter()
         for way, dst, src in batches:
             self.device.copy(way, dst, src, piece_bytes, self.streams[way])
-        for way, _, _ in batches:
-            self.streams[way].synchronize()
+        for stream in {way: self.streams[way] for way, _, _ in batches}.values():
+            stream.synchronize()
         return perf_counter() - start
 
     def _addresses(self, way: Direction, case: CopyCase) -> tuple[Addresses, Addresses]:
