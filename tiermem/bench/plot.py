@@ -49,7 +49,7 @@ def draw(saved: Sequence[SavedResult], target: Path) -> None:
     figure.suptitle(f"{saved[0].machine}; commit {saved[0].commit[:12]}", fontsize=9)
     try:
         # without a date and with fixed ids: the same results give the same file
-        with rc_context({"svg.hashsalt": "tiermem"}):
+        with rc_context({"svg.hashsalt": "tiermem", "svg.fonttype": "none"}):
             figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{target}: cannot be written: {error}") from error
@@ -76,13 +76,13 @@ def _draw_panel(axis: Axes, name: str, rows: Sequence[Result]) -> None:
         figures, aim = result.figures, result.subject.target_percent
         assert figures is not None
         text = f" {share:.1f} %  ({value_text(figures.median)} {result.subject.unit})"
-        axis.text(min(share, TOO_FAR), place, text, va="center", fontsize=6.5)
+        axis.text(max(min(share, TOO_FAR), aim or 0), place, text, va="center", fontsize=6.5)
         if aim is not None:
             axis.plot([aim, aim], [place - 0.4, place + 0.4], color="black", linewidth=1)
     axis.axvline(100, color="grey", linewidth=0.8)
     axis.set_yticks(places, [_label(result) for result in rows], fontsize=6.5)
-    axis.set_xlim(0, 145)
-    axis.invert_yaxis()
+    axis.set_xlim(0, 160)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_title(name, fontsize=9, loc="left")
     axis.tick_params(axis="x", labelsize=7)
 
