@@ -298,3 +298,21 @@ def test_what_does_not_compile_is_a_transfer_error() -> None:
             cuda.compile_kernels(b"no CUDA", (9, 0))
     except RuntimeError:
         pytest.skip("NVRTC is not installed")
+
+
+def test_staging_is_counted(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CudaDevice(0)
+    assert device.staging_bytes == 0
+    device.new_stream()
+    assert device.staging_bytes == cuda_copies.staging_bytes() == 6 * cuda_copies.STAGE_BYTES
+    device.new_stream()
+    assert len(fake.device_memory) == 1
+    device.close()
+    monkeypatch.setattr(cuda_copies, "STAGE_BYTES", fake.total_bytes)
+    crowded = CudaDevice(0)
+    crowded.new_stream()
+    assert crowded.staging_bytes == 0
+    crowded.close()
+    for other in (CpuDevice(), SimulatedDevice()):
+        assert other.staging_bytes == 0
+        other.close()

@@ -238,7 +238,7 @@ class TierManager:
             attached_tokens=counts["attached_tokens"],
             failed_transfers=core.in_flight.num_failed,
             corrupt_pages=self._store.num_corrupt if self._store else 0,
-            staging_device_bytes=core.ring.device_bytes,
+            staging_device_bytes=core.ring.device_bytes + self._device.staging_bytes,
             staging_host_bytes=core.ring.host_bytes + core.mover.staging_bytes,
             device_used_bytes=info.total_bytes - info.free_bytes,
             device_total_bytes=info.total_bytes,

@@ -88,6 +88,10 @@ class CpuDevice:
     def compute_capability(self) -> tuple[int, int] | None:
         return None
 
+    @property
+    def staging_bytes(self) -> int:
+        return 0
+
     def allocate(self, num_bytes: int) -> Memory:
         return self.allocate_host(num_bytes)
 

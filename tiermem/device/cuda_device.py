@@ -94,6 +94,7 @@ class CudaDevice:
         self._copy_rates = copy_rates
         self._copy_method: CopyMethod | None = None
         self._copy_resources = CopyResources()
+        self._staging: Memory | None = None  # of the copies
         self.events = EventPool()
         self.closed = False
 
@@ -112,6 +113,10 @@ class CudaDevice:
     @property
     def compute_capability(self) -> tuple[int, int] | None:
         return self._info.compute_capability
+
+    @property
+    def staging_bytes(self) -> int:
+        return 0 if self._staging is None else self._staging.num_bytes
 
     @property
     def copy_rates(self) -> CopyRates | None:
@@ -234,7 +239,7 @@ class CudaDevice:
         self.closed = True
         streams, self._streams = self._streams, []
         memories: list[Memory] = [*self._base, *self._pinned]
-        copies, self._copies = self._copy_resources, None
+        copies, self._copies, self._staging = self._copy_resources, None, None
         return [
             cuda.synchronize,
             *(memory.free for memory in memories),
@@ -249,17 +254,17 @@ class CudaDevice:
     def _engine(self) -> CudaCopies:
         """The copy engine, made at its first use."""
         if self._copies is None:
-            self._copies = CudaCopies(
-                self._info.compute_capability, self._staging(), self._copy_resources
-            )
+            self._staging = self._staging or self._allocate_staging()
+            staging = None if self._staging is None else self._staging.address
+            self._copies = CudaCopies(self._info.compute_capability, staging, self._copy_resources)
             self._copies.rates, self._copies.forced = self._copy_rates, self._copy_method
             self._update_borders()
         return self._copies
 
-    def _staging(self) -> int | None:
+    def _allocate_staging(self) -> Memory | None:
         """Device memory for the engine's staging; None where the GPU has no room for it."""
         try:
-            return self.allocate(staging_bytes()).address
+            return self.allocate(staging_bytes())
         except ConfigError:
             return None
 

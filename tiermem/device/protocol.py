@@ -164,6 +164,11 @@ class Device(Protocol):
         """(major, minor) of a GPU; None without one."""
         ...
 
+    @property
+    def staging_bytes(self) -> int:
+        """Hot memory that copies use besides what was allocated."""
+        ...
+
     def allocate(self, num_bytes: int) -> Memory:
         """Hot memory of `num_bytes` bytes with arbitrary content, aligned to 4,096.
 

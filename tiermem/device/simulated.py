@@ -91,6 +91,10 @@ class SimulatedDevice:
     def compute_capability(self) -> tuple[int, int] | None:
         return None
 
+    @property
+    def staging_bytes(self) -> int:
+        return 0
+
     def allocate(self, num_bytes: int) -> Memory:
         self.check_open()
         check_num_bytes(num_bytes)
