@@ -98,4 +98,5 @@ def test_time_between_events_covers_every_stream(gpu: Device) -> None:
 
     busy = time_device(gpu, spin, 3, streams=streams)
     idle = time_device(gpu, nothing, 3, streams=streams, prepare=flusher(gpu))
-    assert busy.median_s > 0.005 > idle.median_s
+    assert busy.best_s > 0.005  # at 4 GHz; no GPU is faster
+    assert idle.best_s < busy.best_s
