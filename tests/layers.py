@@ -63,6 +63,7 @@ LAYERS = {
         "tiermem.limits",
         "tiermem.manager",
         "tiermem.pressure",
+        "tiermem.publication",
         "tiermem.snapshots",
         "tiermem.stats",
     ],

@@ -19,8 +19,9 @@ from tiermem.device.protocol import Device, Progress
 from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.layout import PageLayout
 from tiermem.limits import calibration_of, disk_options, route_limits, use_best_copies
-from tiermem.pools import VALID, Ids, Tier
+from tiermem.pools import Tier
 from tiermem.pressure import Pressure
+from tiermem.publication import write_published
 from tiermem.resident import ResidentPool
 from tiermem.sequence import Sequence, check_token_ids
 from tiermem.snapshots import Publisher
@@ -203,7 +204,7 @@ class TierManager:
         if self._store is None:
             raise ConfigError("flush: there is no SSD tier (ssd=0); give ssd and ssd_path")
         self._core.in_flight.drain()
-        self._write_published(self._store)
+        write_published(self._core, self._store)
         self._store.sync()
 
     # ---- seeing ------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ class TierManager:
         self._closed = True
         try:
             if self._store is not None:
-                self._write_published(self._store)
+                write_published(self._core, self._store)
         finally:
             self._free()
 
@@ -354,45 +355,6 @@ class TierManager:
             evictions=core.room.evictions[tier],
             demotions=core.room.demotions[tier],
         )
-
-    def _write_published(self, store: ColdStore) -> None:
-        """Write published pages that are not on the SSD, coldest first; within the cap, the hottest."""
-        core = self._core
-        core.leases.note_use()
-        pages = core.prefixes.pages()
-        self._name_stored(store, pages[core.table.states(pages, Tier.SSD) == VALID])
-        kept = core.prefixes.pages()[-core.table.counts(Tier.SSD).slots :]
-        on_ssd = core.table.states(kept, Tier.SSD) == VALID
-        core.table.pin(kept[on_ssd], Tier.SSD)  # they stay; what is colder makes way
-        try:
-            for src in (Tier.RAM, Tier.GPU):
-                self._write_from(src, core.room.wanted(kept[~on_ssd]))
-        finally:
-            core.table.unpin(kept[on_ssd], Tier.SSD)
-
-    def _write_from(self, src: Tier, pages: Ids) -> None:
-        """Write those of `pages` whose hottest copy is in `src`, and wait."""
-        core = self._core
-        held = pages[core.best_tiers(pages) == src]
-        core.table.pin(held, src)
-        try:
-            room = core.room.gain(Tier.SSD, len(held))
-            transfers = core.mover.submit(core.room.wanted(held)[:room], src, Tier.SSD)
-        finally:
-            core.table.unpin(held, src)
-        core.in_flight.wait_for(transfers)
-        for transfer in transfers:
-            if transfer.error is not None:
-                raise transfer.error
-
-    def _name_stored(self, store: ColdStore, pages: Ids) -> None:
-        """Pages that were spilled before they had a name get it."""
-        slots = self._core.table.slots(pages, Tier.SSD)
-        unnamed = ~store.is_published(slots)
-        if unnamed.any():
-            names = self._core.prefixes.names_of(pages[unnamed])
-            good = store.rename(slots[unnamed], [name for name in names if name is not None])
-            self._core.mover.quarantine(pages[unnamed][~good], Tier.SSD)
 
     def _free(self) -> None:
         core = self._core

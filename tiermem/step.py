@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from tiermem import trace
-from tiermem.attention.pool_view import TORCH_DTYPES
 from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks
 from tiermem.core import Core
 from tiermem.device.protocol import Event
@@ -87,7 +86,6 @@ class Step:
         self._next_layer = 0
         self._resident: ResidentTables | None = None
         self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._checked: dict[str, tuple[object, ...]] = {}
 
     # ---- the context -------------------------------------------------------------------------------
 
@@ -141,7 +139,7 @@ class Step:
         ------
         TypeError, ValueError: a wrong shape, dtype or device. TierMemError: not this layer's turn.
         """
-        plan = self._running_plan()
+        self._running_plan()
         if layer != self._next_layer:
             due = (
                 f"layer {self._next_layer}"
@@ -149,8 +147,7 @@ class Step:
                 else "none, all are appended"
             )
             raise TierMemError(f"append of layer {layer}: the layers come in order, due is {due}")
-        self._check_rows("k", k, plan)
-        self._check_rows("v", v, plan)
+        _require_tensors(k=k, v=v)
         self._core.backend.store(self._core.hot, layer, k, v, self._token_slots)
         self._kv = (k, v)
         for chunk in self._chunks:
@@ -186,13 +183,13 @@ class Step:
         TypeError, ValueError: a wrong shape, dtype or device, a scale or window out of range.
         TierMemError: not this layer's turn. CorruptPageError: a streamed page was found damaged.
         """
-        plan = self._running_plan()
+        self._running_plan()
         if layer != self._next_layer - 1:
             raise TierMemError(
                 f"attend of layer {layer}: must follow append of that layer; the last one appended "
                 f"is {self._next_layer - 1 if self._next_layer else 'none'}"
             )
-        self._check_rows("q", q, plan)
+        _require_tensors(q=q)
         if scale is None:
             scale = self._core.layout.head_dim**-0.5
         if not self._chunks:
@@ -347,23 +344,9 @@ class Step:
             raise ClosedError("the step is not running: use it inside `with tm.step(...) as step:`")
         return self._plan
 
-    def _check_rows(self, name: str, tensor: torch.Tensor, plan: Plan) -> None:
-        layout = self._core.layout
+
+def _require_tensors(**tensors: object) -> None:
+    """The backend checks shape, dtype and device, once for arguments that are alike."""
+    for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: must be a torch.Tensor, not {type(tensor).__name__}")
-        what = (tensor.shape, tensor.dtype, tensor.device)
-        if self._checked.get(name) == what:
-            return  # as in the layer before
-        heads = None if name == "q" else layout.num_kv_heads
-        if tensor.dtype != TORCH_DTYPES[layout.dtype]:
-            raise TypeError(f"{name}.dtype={tensor.dtype}: must be {TORCH_DTYPES[layout.dtype]}")
-        if tensor.device != self._core.hot.data.device:
-            raise ValueError(f"{name}.device={tensor.device}: must be {self._core.hot.data.device}")
-        shape = tuple(tensor.shape)
-        rows, dim = plan.num_rows, layout.head_dim
-        wanted = heads if heads is not None else f"a multiple of {layout.num_kv_heads}"
-        fits = len(shape) == 3 and shape[0] == rows and shape[2] == dim
-        fits = fits and (shape[1] == heads if heads else shape[1] % layout.num_kv_heads == 0)
-        if not fits or shape[1] == 0:
-            raise ValueError(f"{name} of shape {shape}: must be ({rows}, {wanted}, {dim})")
-        self._checked[name] = what

@@ -63,8 +63,8 @@ def check_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> None:
 
 def _check_rows(name: str, tensor: torch.Tensor, pool: PoolView) -> None:
     if tensor.dtype != pool.data.dtype:
-        raise TypeError(f"{name}.dtype={tensor.dtype}: the pool stores {pool.data.dtype}")
+        raise TypeError(f"{name}.dtype={tensor.dtype}: must be {pool.data.dtype}, as the pool's")
     if tensor.device != pool.data.device:
-        raise ValueError(f"{name} on {tensor.device}: the pool is on {pool.data.device}")
+        raise ValueError(f"{name}.device={tensor.device}: must be {pool.data.device}, the pool's")
     if tensor.dim() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name} of strides {tensor.stride()}: the last must be 1")
