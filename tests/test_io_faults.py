@@ -173,7 +173,7 @@ def test_sizes_of_the_engine(arguments: dict[str, int]) -> None:
 def test_memory_that_cannot_be_registered(engine: IoEngine) -> None:
     for address, num_bytes in ((0, PAGE), (-1, PAGE), (PAGE, 0), (PAGE, -1)):
         for call in (engine.register_memory, engine.unregister_memory):
-            with pytest.raises(ValueError, match="address=|num_bytes="):
+            with pytest.raises(ValueError, match=r"(address|num_bytes)="):
                 call(address, num_bytes)
     num_registered, error = engine.register_memory(PAGE, PAGE)  # an address that is not mapped
     assert num_registered == 0

@@ -45,7 +45,14 @@ from tiermem.store_format import (
     parse_trailers,
 )
 from tiermem.store_transfer import Int64s as _Int64s
-from tiermem.store_transfer import StoreTransfer, finish, parts_of
+from tiermem.store_transfer import (
+    StoreTransfer,
+    finish,
+    parts_of,
+    roots_of,
+    tail_addresses,
+    tail_rows,
+)
 
 __all__ = ["INDEX_BYTES", "INDEX_BYTES_PER_SLOT", "ColdStore", "StoreTransfer", "StoredPages"]
 
@@ -155,7 +162,7 @@ class ColdStore:
         tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
 
         def check(places: _Int64s) -> NDArray[np.bool_]:
-            stored, same = self._parse_tails(slots[places], _rows(tails)[places])
+            stored, same = self._parse_tails(slots[places], tail_rows(tails)[places])
             equal: NDArray[np.bool_] = (stored == self._sums_at(addresses[places])).all(axis=1)
             return same & equal
 
@@ -213,7 +220,7 @@ class ColdStore:
         self._fill_trailers(tails, np.arange(len(slots)), slots, names, sums)
         offsets = slots * self.slot_stride + self.layout.slot_bytes
         lengths = np.full(len(slots), TRAILER_BYTES, dtype=np.int64)
-        ticket = self._engine.submit_write(self._file, offsets, _addresses_of(tails), lengths)
+        ticket = self._engine.submit_write(self._file, offsets, tail_addresses(tails), lengths)
         finish(self._engine, ticket, self.timeout_s)
 
     # ---- the index ---------------------------------------------------------------------------------
@@ -362,9 +369,9 @@ class ColdStore:
         first = self._next_generation
         self._next_generation += len(places)
         chosen = [names[place] for place in places]
-        _rows(tails)[places] = pack_trailers(self.layout, chosen, first, sums)
+        tail_rows(tails)[places] = pack_trailers(self.layout, chosen, first, sums)
         self._generations[slots[places]] = np.arange(first, self._next_generation, dtype=np.uint64)
-        self._roots[slots[places]] = _roots_of(sums)
+        self._roots[slots[places]] = roots_of(sums)
         for slot in slots[places].tolist():
             self._layer_sums.pop(slot, None)
 
@@ -373,7 +380,7 @@ class ColdStore:
     ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
         """The layers' checksums in trailers read from `slots`, and which are those that were written."""
         stored, same = parse_trailers(self.layout, self._generations[slots], raw)
-        return stored, same & (_roots_of(stored) == self._roots[slots])
+        return stored, same & (roots_of(stored) == self._roots[slots])
 
     def _load_layer_sums(self, slots: _Int64s) -> None:
         """Read the trailers of the slots whose layers' checksums are not known yet."""
@@ -383,9 +390,9 @@ class ColdStore:
         tails = mmap.mmap(-1, TRAILER_BYTES * len(new))
         offsets = new * self.slot_stride + self.layout.slot_bytes
         lengths = np.full(len(new), TRAILER_BYTES, dtype=np.int64)
-        ticket = self._engine.submit_read(self._file, offsets, _addresses_of(tails), lengths)
+        ticket = self._engine.submit_read(self._file, offsets, tail_addresses(tails), lengths)
         finish(self._engine, ticket, self.timeout_s)
-        stored, same = self._parse_tails(new, _rows(tails))
+        stored, same = self._parse_tails(new, tail_rows(tails))
         for slot, sums, is_good in zip(new.tolist(), stored.copy(), same, strict=True):
             if is_good:
                 self._layer_sums[slot] = sums
@@ -398,8 +405,8 @@ class ColdStore:
     ) -> tuple[_core.BlockFile, _Int64s, _Int64s, _Int64s, _Int64s, int]:
         offsets = slots[places] * self.slot_stride
         lengths = np.full(len(places), self.layout.slot_bytes, dtype=np.int64)
-        tail_addresses = _addresses_of(tails)[places]
-        return self._file, offsets, addresses[places], lengths, tail_addresses, TRAILER_BYTES
+        addresses_of_tails = tail_addresses(tails)[places]
+        return self._file, offsets, addresses[places], lengths, addresses_of_tails, TRAILER_BYTES
 
     def _slices(
         self, slots: _Int64s, layer: int, addresses: _Int64s, places: _Int64s
@@ -417,22 +424,6 @@ def _open_engine(kind: _core.EngineKind, options: DiskOptions | None) -> _core.I
     except OSError as error:
         log.warning("%s was measured, but cannot be had now (%s)", options, error)
         return _core.IoEngine(kind)
-
-
-def _roots_of(sums: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One checksum over those of the layers, for each row."""
-    rows = np.ascontiguousarray(sums)
-    return _core.checksum_slices(rows.ctypes.data, rows.shape[1] * rows.itemsize, len(rows))
-
-
-def _rows(tails: mmap.mmap) -> NDArray[np.uint8]:
-    """The trailers, (pages, 4096)."""
-    return np.frombuffer(tails, dtype=np.uint8).reshape(-1, TRAILER_BYTES)
-
-
-def _addresses_of(tails: mmap.mmap) -> _Int64s:
-    base = np.frombuffer(tails, dtype=np.uint8).ctypes.data
-    return base + np.arange(len(tails) // TRAILER_BYTES, dtype=np.int64) * TRAILER_BYTES
 
 
 def _key_array(keys: Iterable[bytes]) -> NDArray[np.uint8]:

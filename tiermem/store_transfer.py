@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tiermem import _core
 from tiermem.errors import TransferError
+from tiermem.store_format import TRAILER_BYTES
 
 Int64s = NDArray[np.int64]
 
@@ -111,3 +112,20 @@ def finish(engine: _core.IoEngine, ticket: int, timeout_s: float) -> None:
 def too_late(timeout_s: float) -> TransferError:
     """What is raised at a deadline."""
     return TransferError(f"the SSD tier did not answer within io_timeout_s={timeout_s}")
+
+
+def roots_of(sums: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One checksum over those of the layers, for each row."""
+    rows = np.ascontiguousarray(sums)
+    return _core.checksum_slices(rows.ctypes.data, rows.shape[1] * rows.itemsize, len(rows))
+
+
+def tail_rows(tails: mmap.mmap) -> NDArray[np.uint8]:
+    """The trailers, (pages, 4096)."""
+    return np.frombuffer(tails, dtype=np.uint8).reshape(-1, TRAILER_BYTES)
+
+
+def tail_addresses(tails: mmap.mmap) -> Int64s:
+    """Where each trailer lies."""
+    base = np.frombuffer(tails, dtype=np.uint8).ctypes.data
+    return base + np.arange(len(tails) // TRAILER_BYTES, dtype=np.int64) * TRAILER_BYTES

@@ -180,7 +180,8 @@ void Uring::prepare_registered(IoDirection direction, File file, const iovec& se
                                std::uint32_t buffer, std::uint64_t offset,
                                std::uint64_t user_data) noexcept {
   const bool is_read = direction == IoDirection::read;
-  io_uring_sqe& entry = next_entry(is_read ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED, user_data);
+  io_uring_sqe& entry =
+      next_entry(is_read ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED, user_data);
   entry.fd = file.number;
   entry.flags = file.is_registered ? IOSQE_FIXED_FILE : 0;
   entry.off = offset;

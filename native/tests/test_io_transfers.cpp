@@ -279,8 +279,8 @@ void test_random_batches(EngineKind kind, std::int64_t num_rings, std::int64_t p
   std::mt19937_64 random(static_cast<std::uint64_t>(piece_bytes));
   World world{Memory(kSlots * kSlotBytes), Memory(kSlots * kPage), {}};
   world.file.resize(kSlots * kStride);
-  const auto registered = engine->register_memory(world.memory.address(),
-                                                  static_cast<std::int64_t>(world.memory.size() / 2));
+  const auto half = static_cast<std::int64_t>(world.memory.size() / 2);
+  const auto registered = engine->register_memory(world.memory.address(), half);
   CHECK(kind == EngineKind::threads ? registered.bytes == 0 && registered.error == 0
                                     : registered.bytes == world.memory.size() / 2 ||
                                           registered.error != 0);

@@ -82,7 +82,7 @@ struct Registration {
   int error = 0;  // errno that ended it (ENOMEM: the limit of locked memory), else 0
 };
 
-// Transfers. The operations of a batch are put into the order of their offsets and become transfers:
+// Transfers. The operations of a batch are put into the order of their offsets and made transfers:
 // one larger than piece_bytes is cut into transfers of piece_bytes, the last of half of that to one
 // and a half; neighbours, where the next begins at the byte at which one ends and both or none may
 // be direct, are joined into one transfer of up to 1.25 piece_bytes.
@@ -123,8 +123,8 @@ class IoEngine {
   // without operations is ok at once. io_uring may hold a file that was closed until a later batch
   // ends or the engine is destroyed.
   // Throws std::invalid_argument for a batch that breaks IoBatch's requirements, FileError (EBADF)
-  // for a closed file, std::logic_error after close(), std::system_error if the kernel's queue broke
-  // down; nothing was queued then.
+  // for a closed file, std::logic_error after close(), std::system_error if the kernel's queue
+  // broke down; nothing was queued then.
   virtual Ticket submit(IoDirection direction, const BlockFile& file, const IoBatch& batch) = 0;
 
   // What became of a ticket. Results are kept until forget(). Never blocks on I/O.

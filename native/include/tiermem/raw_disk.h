@@ -20,7 +20,8 @@ struct RawDiskLoop {
 // from or to the memory, and returns bytes a second, counting what ended until all had.
 //
 // Takes direct I/O if the file has it.
-// REQUIRES: memory_bytes at least num_at_once pieces, the file at least one (std::invalid_argument).
+// REQUIRES: memory_bytes at least num_at_once pieces, the file at least one, else
+// std::invalid_argument.
 // Throws FileError for a transfer that fails or is short, std::system_error without io_uring.
 double raw_disk_rate(const BlockFile& file, std::int64_t address, std::int64_t memory_bytes,
                      const RawDiskLoop& loop);
