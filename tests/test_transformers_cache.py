@@ -6,7 +6,8 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -342,3 +343,24 @@ def test_tiermem_does_not_import_transformers() -> None:
         "sys.exit('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+def test_calls_may_change_between_inference_mode_and_no_grad(
+    first: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Memory that was made in inference mode is written in calls outside of it, and the other way round."""
+    model, ids = tiny_model("llama", 3), random_ids(1, 40, 1)
+    second = torch.no_grad if first is torch.inference_mode else torch.inference_mode
+    with first():
+        cache = TieredCache(model, tiers(model, 20, 10), page_tokens=PAGE_TOKENS)
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    results = []
+    for mode in (second, first, second):
+        with mode():
+            results.append(model(ids[:, :1], past_key_values=cache).logits[0, 0].clone())
+    cache.close()
+    with torch.no_grad():
+        everything = model(torch.cat([ids, ids[:, :1].expand(1, 4)], 1)).logits[0, -3:]
+    torch.testing.assert_close(torch.stack(results), everything, rtol=1e-4, atol=1e-4)

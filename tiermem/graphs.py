@@ -113,7 +113,8 @@ class CapturedDecode(Generic[Result]):
 
     def _capture(self, step: Step, inputs: tuple[torch.Tensor, ...]) -> Captured[Result] | None:
         """Record `body`, which runs nothing yet; None where it cannot be."""
-        places = tuple(value.clone() for value in inputs)
+        with torch.inference_mode(False):  # they are written later, whatever the mode is then
+            places = tuple(torch.empty_like(value).copy_(value) for value in inputs)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._memory):

@@ -76,26 +76,11 @@ class TierManager:
         self._device = device if device is not None else open_device(config.device)[0]
         self._store: ColdStore | None = None
         try:
-            made = calibration_of(self._device)
-            use_best_copies(self._device, made)
-            self._limits = route_limits(made, config.ssd_path)
-            self._store = open_store(layout, config, disk_options(made, config))
-            self._core = build_core(
-                layout,
-                config,
-                model_id,
-                shard,
-                self._device,
-                self._store,
-                self._seal_idle,
-                progress,
-            )
-            self._resident = ResidentPool(self._core)
-            self._publisher = Publisher()
+            # memory that lasts is written whether inference mode is on then or not
+            with torch.inference_mode(False):
+                self._build(progress)
         except BaseException:
-            if self._store is not None:
-                self._store.close()
-            self._device.close()
+            self._abandon()
             raise
         self._pressure = Pressure(self._device, config.pressure_warning, config.pressure_critical)
         self._publisher.publish(self.stats)
@@ -304,6 +289,25 @@ class TierManager:
         self.poll()
 
     # ---- inside ------------------------------------------------------------------------------------
+
+    def _build(self, progress: Progress | None) -> None:
+        """Open the store, allocate the tiers and put the parts together."""
+        made = calibration_of(self._device)
+        use_best_copies(self._device, made)
+        self._limits = route_limits(made, self.config.ssd_path)
+        self._store = open_store(self.layout, self.config, disk_options(made, self.config))
+        self._core = build_core(
+            self.layout, self.config, self.model_id, self.shard, self._device, self._store,
+            self._seal_idle, progress,
+        )  # fmt: skip
+        self._resident = ResidentPool(self._core)
+        self._publisher = Publisher()
+
+    def _abandon(self) -> None:
+        """Give back what `_build` has opened before it failed."""
+        if self._store is not None:
+            self._store.close()
+        self._device.close()
 
     def _check_open(self) -> None:
         if self._closed:

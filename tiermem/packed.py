@@ -25,7 +25,7 @@ class Packed:
         for size in sizes:
             starts.append(starts[-1] + round_up(size, ALIGN_INTS))
         self._host: NDArray[np.int32] = np.zeros(max(starts[-1], 1), dtype=np.int32)
-        self._device = torch.zeros(len(self._host), dtype=torch.int32, device=device)
+        self._device = lasting_zeros((len(self._host),), device)
         places = list(zip(starts, sizes, strict=False))
         self.host = [self._host[start : start + size] for start, size in places]
         self.device = [self._device[start : start + size] for start, size in places]
@@ -33,6 +33,12 @@ class Packed:
     def upload(self) -> None:
         """Copy what the host's tables hold now, in the order of the current stream; does not wait for it."""
         copy_later(self._device, self._host)
+
+
+def lasting_zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int32 zeros that may be written later whether torch.inference_mode is on then or not."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=torch.int32, device=device)
 
 
 def copy_later(dst: torch.Tensor, src: NDArray[np.int32]) -> None:

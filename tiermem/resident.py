@@ -16,7 +16,7 @@ from tiermem.attention.pool_view import PagedTables
 from tiermem.attention.work_list import NO_SEQUENCE, ROW_INTS, SEQUENCE, PlannedWork, WorkList
 from tiermem.core import Core
 from tiermem.lease import Lease
-from tiermem.packed import Packed, copy_later
+from tiermem.packed import Packed, copy_later, lasting_zeros
 from tiermem.plan import Plan, Share
 from tiermem.pools import Ids, Tier
 
@@ -61,7 +61,7 @@ class ResidentTables:
         self.max_splits = max((1 << work.max_splits.bit_length() for work in works), default=0)
         self.steps_since_plan = REPLAN_STEPS
         self._rows = [_unknown_row() for _ in range(n)]
-        self._block = torch.zeros((n, max_pages), dtype=torch.int32, device=device)
+        self._block = lasting_zeros((n, max_pages), device)
         self._packed = Packed([2 * n, n, n, n, n + 1, self.max_chunks * ROW_INTS], device)
         host, packed = self._packed.host, self._packed.device
         self._token_slots = host[0].view(np.int64)
