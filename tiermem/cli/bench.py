@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tiermem.cli.options import CommandParser, Commands, add_json
+from tiermem.cli.options import CommandParser, Commands
 from tiermem.units import Size, SizeKind
 
 NAME = "bench"
@@ -81,7 +81,7 @@ def _add_measuring(kinds: Commands[CommandParser], name: str, text: str) -> None
         help="where the disk benchmark writes (the place of private cold tiers if not given)",
     )
     parser.add_argument(
-        "--pool-size", metavar="SIZE", help="of the pools whose start-up is timed (a few GiB)"
+        "--pool-size", metavar="SIZE", help="of the pools whose start-up is timed (8GiB)"
     )
     parser.add_argument("--save", metavar="FILE", type=Path, help="write the results there")
     parser.add_argument("--compare", metavar="FILE", type=Path, help="compare with saved results")
@@ -92,7 +92,9 @@ def _add_measuring(kinds: Commands[CommandParser], name: str, text: str) -> None
         default=DEFAULT_TOLERANCE,
         help="how much worse than --compare a figure may be (10%%)",
     )
-    add_json(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print one line of JSON a result and nothing else"
+    )
 
 
 def _add_plot(kinds: Commands[CommandParser]) -> None:

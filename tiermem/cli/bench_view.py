@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -92,7 +93,11 @@ def _results(options: argparse.Namespace) -> Iterator[SavedResult]:
     directory = _directory(options.ssd_path)
     names = list(BENCHMARKS) if options.benchmark == ALL else [options.benchmark]
     pool_bytes = _pool_bytes(options.pool_size, scale)
-    device, _ = open_device(options.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said below, for people
+        device, choice = open_device(options.device)
+    if choice.is_fallback:
+        note(f"measuring the CPU: {choice.reason}")
     with closing(device), open_ceilings(device, scale) as ceilings:
         environment, name = describe(device), commit()
         bench = Run(device, scale, ceilings, directory, pool_bytes, Progress.show)
