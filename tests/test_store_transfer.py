@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,6 +244,51 @@ def test_a_failed_slice_is_told_after_all_parts(faulty: ColdStore, faults: Fault
     with pytest.raises(TransferError, match="Input/output error"):
         faulty.read_slices(every, 1, at(pages))
     assert faulty._engine.counters().in_flight == 0
+
+
+class BrokenEngine:
+    """Takes so many batches, then no more: as when the kernel's queue broke down."""
+
+    def __init__(self, real: _core.IoEngine, most: int) -> None:
+        self.left = most
+        self.poll, self.wait, self.forget = real.poll, real.wait, real.forget
+        self._real = real
+
+    def submit_read(self, *operations: Any) -> int:
+        return self._submit(self._real.submit_read, operations)
+
+    def submit_write(self, *operations: Any) -> int:
+        return self._submit(self._real.submit_write, operations)
+
+    def _submit(self, real: Callable[..., int], operations: tuple[Any, ...]) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.EBADF, "the I/O engine broke down")
+        return real(*operations)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_an_engine_that_broke_down_fails_transfers(
+    faulty: ColdStore, faults: FaultOps, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    pages = memory(9 * SLOT)
+    every = np.arange(9, dtype=np.int64)
+    real = faulty._engine
+    for start in (faulty.read, lambda s, a: faulty.write(s, a, [None] * 9)):
+        monkeypatch.setattr(faulty, "_engine", BrokenEngine(real, most))
+        transfer = start(every, at(pages))
+        with pytest.raises(TransferError, match="broke down"):
+            move(transfer)
+        assert real.counters().in_flight == 0
+    for call in (
+        lambda: faulty.read_slices(every, 1, at(pages)),
+        lambda: faulty.write_slices(every, 1, at(pages)),
+        lambda: faulty.finish_slices(every, [None] * 9, np.zeros((9, 3), dtype=np.uint64)),
+    ):
+        monkeypatch.setattr(faulty, "_engine", BrokenEngine(real, 0))
+        with pytest.raises(TransferError, match="broke down"):
+            call()
+    monkeypatch.setattr(faulty, "_engine", real)
 
 
 def test_what_was_measured_and_cannot_be_had_is_passed_over(

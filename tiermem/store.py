@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tiermem import _core
 from tiermem.disk_rates import DiskOptions, open_engine
-from tiermem.errors import ConfigError, TransferError
+from tiermem.errors import ConfigError
 from tiermem.layout import PageLayout
 from tiermem.store_files import (
     INDEX_BYTES,
@@ -47,9 +47,9 @@ from tiermem.store_format import (
 from tiermem.store_transfer import Int64s as _Int64s
 from tiermem.store_transfer import (
     StoreTransfer,
-    finish,
     parts_of,
     roots_of,
+    run,
     tail_addresses,
     tail_rows,
 )
@@ -154,7 +154,7 @@ class ColdStore:
         for places in parts_of(slots, self.layout.slot_bytes):
             self._fill_trailers(tails, places, slots, names, self._sums_at(addresses[places]))
             operations = self._operations(slots, addresses, tails, places)
-            transfer.add_part(self._engine.submit_write(*operations), places)
+            transfer.start_part(self._engine.submit_write, operations, places)
         return transfer
 
     def read(self, slots: _Int64s, addresses: _Int64s) -> StoreTransfer:
@@ -169,7 +169,7 @@ class ColdStore:
         transfer = StoreTransfer(self._engine, slots, addresses, tails, self.timeout_s, check)
         for places in parts_of(slots, self.layout.slot_bytes):
             operations = self._operations(slots, addresses, tails, places)
-            transfer.add_part(self._engine.submit_read(*operations), places)
+            transfer.start_part(self._engine.submit_read, operations, places)
         return transfer
 
     def verify(self, transfer: StoreTransfer) -> NDArray[np.bool_]:
@@ -183,33 +183,30 @@ class ColdStore:
     def read_slices(self, slots: _Int64s, layer: int, addresses: _Int64s) -> NDArray[np.bool_]:
         """Read `layer` of the pages in `slots` to `addresses` and wait; which of them are intact."""
         self._load_layer_sums(slots)
-        good = np.zeros(len(slots), dtype=np.bool_)
-        parts = [
-            (places, self._engine.submit_read(*self._slices(slots, layer, addresses, places)))
-            for places in parts_of(slots, self.layout.layer_bytes)
-        ]
-        error: TransferError | None = None
-        for places, ticket in parts:
-            try:
-                finish(self._engine, ticket, self.timeout_s)
-            except TransferError as failed:
-                error = error or failed  # told when no part uses the memory any more
-                continue
+
+        def check(places: _Int64s) -> NDArray[np.bool_]:
             sums = _core.checksum_pages(addresses[places], self.layout.layer_bytes, 1)[:, 0]
-            for place, value in zip(places.tolist(), sums, strict=True):
-                stored = self._layer_sums.get(int(slots[place]))
-                good[place] = stored is not None and stored[layer] == value
-        if error is not None:
-            raise error
-        self.num_corrupt += int((~good).sum())
-        return good
+            stored = [self._layer_sums.get(slot) for slot in slots[places].tolist()]
+            same = [row is not None and row[layer] == sums[i] for i, row in enumerate(stored)]
+            return np.array(same, dtype=np.bool_)
+
+        transfer = StoreTransfer(self._engine, slots, addresses, None, self.timeout_s, check)
+        for places in parts_of(slots, self.layout.layer_bytes):
+            operations = self._slices(slots, layer, addresses, places)
+            transfer.start_part(self._engine.submit_read, operations, places)
+        transfer.wait()
+        transfer.poll()
+        return self.verify(transfer)
 
     def write_slices(self, slots: _Int64s, layer: int, addresses: _Int64s) -> NDArray[np.uint64]:
         """Write one layer of pages that are being filled, wait, and return the slices' checksums."""
+        transfer = StoreTransfer(self._engine, slots, addresses, None, self.timeout_s)
         every = np.arange(len(slots))
-        ticket = self._engine.submit_write(*self._slices(slots, layer, addresses, every))
+        operations = self._slices(slots, layer, addresses, every)
+        transfer.start_part(self._engine.submit_write, operations, every)
         sums = _core.checksum_pages(addresses, self.layout.layer_bytes, 1)[:, 0]
-        finish(self._engine, ticket, self.timeout_s)
+        transfer.wait()
+        transfer.poll()
         return sums
 
     def finish_slices(
@@ -220,8 +217,16 @@ class ColdStore:
         self._fill_trailers(tails, np.arange(len(slots)), slots, names, sums)
         offsets = slots * self.slot_stride + self.layout.slot_bytes
         lengths = np.full(len(slots), TRAILER_BYTES, dtype=np.int64)
-        ticket = self._engine.submit_write(self._file, offsets, tail_addresses(tails), lengths)
-        finish(self._engine, ticket, self.timeout_s)
+        submit = self._engine.submit_write
+        run(
+            self._engine,
+            self.timeout_s,
+            submit,
+            self._file,
+            offsets,
+            tail_addresses(tails),
+            lengths,
+        )
 
     # ---- the index ---------------------------------------------------------------------------------
 
@@ -390,8 +395,16 @@ class ColdStore:
         tails = mmap.mmap(-1, TRAILER_BYTES * len(new))
         offsets = new * self.slot_stride + self.layout.slot_bytes
         lengths = np.full(len(new), TRAILER_BYTES, dtype=np.int64)
-        ticket = self._engine.submit_read(self._file, offsets, tail_addresses(tails), lengths)
-        finish(self._engine, ticket, self.timeout_s)
+        submit = self._engine.submit_read
+        run(
+            self._engine,
+            self.timeout_s,
+            submit,
+            self._file,
+            offsets,
+            tail_addresses(tails),
+            lengths,
+        )
         stored, same = self._parse_tails(new, tail_rows(tails))
         for slot, sums, is_good in zip(new.tolist(), stored.copy(), same, strict=True):
             if is_good:

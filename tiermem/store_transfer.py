@@ -18,6 +18,9 @@ Int64s = NDArray[np.int64]
 PART_BYTES = 8 << 20
 """Of one ticket, about: while one part is on its way to or from the disk, another's checksums are computed."""
 
+Operations = tuple[object, ...]
+"""Arguments of an engine's submit functions."""
+
 CheckPart = Callable[[Int64s], NDArray[np.bool_]]
 """Which pages of a part, given by their places in the transfer, arrived as they were written."""
 
@@ -41,7 +44,7 @@ class StoreTransfer:
         engine: _core.IoEngine,
         slots: Int64s,
         addresses: Int64s,
-        tails: mmap.mmap,
+        tails: mmap.mmap | None,
         timeout_s: float,
         check: CheckPart | None = None,
     ) -> None:
@@ -57,9 +60,19 @@ class StoreTransfer:
         self._num_ended = 0
         self._error: TransferError | None = None
 
-    def add_part(self, ticket: int, places: Int64s) -> None:
-        """`ticket` moves the pages at these places of `slots`."""
-        self._parts.append((ticket, places))
+    def start_part(
+        self, submit: Callable[..., int], operations: Operations, places: Int64s
+    ) -> None:
+        """Submit what moves the pages at these places of `slots`.
+
+        What cannot be submitted fails the transfer, once the parts before have ended.
+        """
+        if self._error is not None:
+            return
+        try:
+            self._parts.append((submit(*operations), places))
+        except OSError as error:
+            self._error = _refused(error)
 
     def poll(self) -> bool:
         """Whether all parts have ended; raises TransferError then if one failed."""
@@ -99,8 +112,14 @@ class StoreTransfer:
         return True
 
 
-def finish(engine: _core.IoEngine, ticket: int, timeout_s: float) -> None:
-    """Wait for a ticket and forget it. Raises TransferError when it failed or at the deadline."""
+def run(
+    engine: _core.IoEngine, timeout_s: float, submit: Callable[..., int], *operations: object
+) -> None:
+    """Submit and wait for the end. Raises TransferError when that failed or at the deadline."""
+    try:
+        ticket = submit(*operations)
+    except OSError as error:
+        raise _refused(error) from error
     result = engine.wait(ticket, timeout_s)
     if result.status is _core.IoStatus.PENDING:
         raise too_late(timeout_s)
@@ -112,6 +131,10 @@ def finish(engine: _core.IoEngine, ticket: int, timeout_s: float) -> None:
 def too_late(timeout_s: float) -> TransferError:
     """What is raised at a deadline."""
     return TransferError(f"the SSD tier did not answer within io_timeout_s={timeout_s}")
+
+
+def _refused(error: OSError) -> TransferError:
+    return TransferError(error.errno, f"the SSD tier's I/O engine refuses: {error.strerror}")
 
 
 def roots_of(sums: NDArray[np.uint64]) -> NDArray[np.uint64]:
