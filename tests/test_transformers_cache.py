@@ -364,3 +364,21 @@ def test_calls_may_change_between_inference_mode_and_no_grad(
     with torch.no_grad():
         everything = model(torch.cat([ids, ids[:, :1].expand(1, 4)], 1)).logits[0, -3:]
     torch.testing.assert_close(torch.stack(results), everything, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_hooks_within_the_model_see_every_call() -> None:
+    """What could be replayed runs as it is while someone listens within the model."""
+    model, ids = tiny_model("llama", 3), random_ids(1, 20, 1)
+    seen = []
+    with TieredCache(model, tiers(model, 20, 0), page_tokens=PAGE_TOKENS) as cache:
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+        assert not cache._hooks.others_listen()
+        layer = model.model.layers[0]
+        handle = layer.register_forward_hook(lambda *_: seen.append(1))
+        assert cache._hooks.others_listen()
+        for _ in range(4):
+            model(ids[:, :1], past_key_values=cache)
+        assert len(seen) == 4
+        handle.remove()

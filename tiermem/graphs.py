@@ -68,8 +68,10 @@ class CapturedDecode(Generic[Result]):
         return len(self._graphs)
 
     def forget_graphs(self) -> None:
-        """Give the graphs' memory back; steps are captured again when they come."""
-        self._graphs.clear()
+        """Give the graphs' memory back; steps are captured again when they come. Waits for the device."""
+        if self._graphs:
+            torch.cuda.synchronize(self._manager.torch_device)  # one may still run
+            self._graphs.clear()
 
     def run(self, sequences: SequenceOf[Sequence], *inputs: torch.Tensor) -> Result:
         """Decode one token of each of `sequences`; what `body` returned.
@@ -128,4 +130,5 @@ class CapturedDecode(Generic[Result]):
 
     def _drop_oldest(self) -> None:
         if len(self._graphs) > MOST_GRAPHS:
+            torch.cuda.synchronize(self._manager.torch_device)  # it may still run
             del self._graphs[next(iter(self._graphs))]

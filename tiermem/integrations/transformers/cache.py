@@ -237,7 +237,7 @@ class TieredCache(Cache):
         self._rows.fit(call)
         self._check_windows(call)
         self._pending = Pending(call, arguments)
-        if not (self._attention.reusable and self._decode.can_run(call, arguments)):
+        if not self._can_decode(call, arguments):
             self._take_attention(Forward.open(self.manager, self._attention, self._rows, call))
 
     def call_runs(self) -> object:
@@ -272,6 +272,11 @@ class TieredCache(Cache):
         forward = self._release()
         if forward is not None:
             forward.abandon(TierMemError("the call of the model did not end"))
+
+    def _can_decode(self, call: Call, arguments: Mapping[str, object]) -> bool:
+        """Whether a call may be replayed: alike but for values, seen by nobody within the model."""
+        can_run = self._attention.reusable and self._decode.can_run(call, arguments)
+        return can_run and not self._hooks.others_listen()
 
     def _decode_forward(
         self, step: Step, ids: torch.Tensor, positions: torch.Tensor

@@ -43,6 +43,9 @@ class Hooks:
 
     def __init__(self, model: PreTrainedModel, listener: Listener) -> None:
         self._listener = weakref.ref(listener)
+        self._model = weakref.ref(model)
+        self._newest_seen = -1
+        self._others = False
         self.original = model.forward
         self._signature = inspect.signature(model.forward)
         self._rest = _name_of_rest(self._signature)
@@ -57,6 +60,19 @@ class Hooks:
     def remove(self) -> None:
         """Leave the model as it was; again does nothing."""
         self._undo()
+
+    def others_listen(self) -> bool:
+        """Whether modules within the model have hooks: a replay would not call them."""
+        newest = torch.utils.hooks.RemovableHandle.next_id
+        model = self._model()
+        if newest != self._newest_seen and model is not None:
+            self._newest_seen = newest
+            self._others = any(
+                module._forward_hooks or module._forward_pre_hooks
+                for module in model.modules()
+                if module is not model
+            )
+        return self._others
 
     def _replace_forward(self, model: PreTrainedModel) -> Replaced:
         """Put a forward that asks the listener first in the place of the model's own."""
