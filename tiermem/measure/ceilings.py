@@ -44,7 +44,7 @@ CPU_REDUCTIONS: dict[str, Reduction] = {
 PASSES = 4
 """A timed run reads or copies the GPU's buffer so often, back to back, so that its start does not count."""
 ROW_BYTES = 8 * ROW
-"""Sizes are multiples of this, a row of the reduction by rows."""
+"""Sizes are multiples of this, a row of the reductions by rows, and what a program of the compiled one reads."""
 PATTERN = 0x3F
 """Every byte of what is read: no zeros, NaN or denormal numbers in any type."""
 
@@ -92,7 +92,7 @@ class Ceilings:
         self._known: dict[tuple[object, ...], float] = {}
         self._products: dict[torch.dtype, ProductCosts] = {}
         on_gpu = device.kind is DeviceKind.CUDA
-        self._reductions = GPU_REDUCTIONS if on_gpu else CPU_REDUCTIONS
+        self._reductions = {**GPU_REDUCTIONS, **_compiled()} if on_gpu else CPU_REDUCTIONS
         self._hot = device.allocate(
             _room(
                 effort.hot_bytes if on_gpu else effort.host_bytes, device.memory_info().free_bytes
@@ -267,6 +267,13 @@ class Ceilings:
 
         samples = time_device(self._device, run, self._effort.repeats, warmups=2)
         return MATRIX_PRODUCTS * 2 * side**3 / samples.median_s
+
+
+def _compiled() -> dict[str, Reduction]:
+    """Reductions that are compiled here; only a GPU needs them."""
+    from tiermem.attention.kernels.read import fold
+
+    return {"exclusive or, in Triton": fold}
 
 
 def _room(wanted: int, free_bytes: int) -> int:
