@@ -31,6 +31,7 @@ using namespace tiermem_test;
 constexpr std::array kKinds = {EngineKind::io_uring, EngineKind::threads};
 constexpr std::size_t kSlots = 96;
 constexpr std::size_t kPieceBytes = 4 * kPage;
+constexpr std::size_t kRounds = 5;
 
 const BlockFile::Descriptors& no_files() {
   static const auto files = std::make_shared<BlockFile::Descriptors>();
@@ -286,7 +287,7 @@ void test_random_batches(EngineKind kind, std::int64_t num_rings, std::int64_t p
                                           registered.error != 0);
   std::array<std::size_t, kSlots> slots;
   for (std::size_t i = 0; i < kSlots; ++i) slots[i] = i;
-  for (int round = 0; round < 12; ++round) {
+  for (std::size_t round = 0; round < kRounds; ++round) {
     if (faults) {
       for (int i = 0; i < 30; ++i) {
         const FileCall call = random() % 2 == 0 ? FileCall::read : FileCall::write;
@@ -336,15 +337,15 @@ void test_random_batches(EngineKind kind, std::int64_t num_rings, std::int64_t p
       CHECK(std::memcmp(&world.memory[i * kSlotBytes], place, kSlotBytes) == 0);
       CHECK(std::memcmp(&world.tails[i * kPage], place + kSlotBytes, kPage) == 0);
     }
-    if (round == 6) {
+    if (round == kRounds / 2) {
       engine->unregister_memory(world.memory.address(),
                                 static_cast<std::int64_t>(world.memory.size()));
     }
   }
   const auto counters = engine->counters();
   CHECK(counters.in_flight == 0 && counters.errors == 0);
-  CHECK(counters.reads == 12 * kSlots);
-  CHECK(counters.bytes_read == 12 * kSlots * kStride);
+  CHECK(counters.reads == kRounds * kSlots);
+  CHECK(counters.bytes_read == kRounds * kSlots * kStride);
   CHECK(engine->close(kWaitS));
 }
 
