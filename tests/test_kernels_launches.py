@@ -77,6 +77,9 @@ class FakeDriver:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     fake = FakeDriver()
 
+    def load(kernel: Any) -> None:
+        fake.load(kernel)
+
     class Active:
         @staticmethod
         def get_current_stream(device: int) -> int:
@@ -88,7 +91,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
             return target_of((9, 0))
 
     monkeypatch.setattr(driver, "_driver", lambda: fake)
-    monkeypatch.setattr(CompiledKernel, "_init_handles", lambda kernel: fake.load(kernel))
+    monkeypatch.setattr(CompiledKernel, "_init_handles", load)
     monkeypatch.setattr(triton.runtime.driver, "_active", Active)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: CPU)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
