@@ -40,6 +40,7 @@ LAYERS = {
         "tiermem.store",
         "tiermem.store_files",
         "tiermem.store_format",
+        "tiermem.store_index",
         "tiermem.store_transfer",
     ],
     "prefix": ["tiermem.prefix"],

@@ -58,7 +58,7 @@ class ResidentTables:
         self.num_sequences = n
         self.max_pages = max_pages
         self.max_chunks = max((int(SPARE_CHUNKS * len(work.rows)) + 1 for work in works), default=0)
-        self.max_splits = max((1 << work.max_splits.bit_length() for work in works), default=0)
+        self.max_splits = max((work.max_splits for work in works), default=0)
         self.steps_since_plan = REPLAN_STEPS
         self._rows = [_unknown_row() for _ in range(n)]
         self._block = lasting_zeros((n, max_pages), device)

@@ -18,7 +18,6 @@ import mmap
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +32,15 @@ from tiermem.store_files import (
     INDEX_BYTES_PER_SLOT,
     check_or_write_header,
     claim,
-    open_index,
     open_slots,
 )
 from tiermem.store_format import (
-    KEY_BYTES,
     TRAILER_BYTES,
-    Entry,
     PageName,
     pack_trailers,
     parse_trailers,
 )
+from tiermem.store_index import StoredPages, StoreIndex
 from tiermem.store_transfer import Int64s as _Int64s
 from tiermem.store_transfer import (
     StoreTransfer,
@@ -68,16 +65,6 @@ ENGINE_KINDS = {
     "uring": _core.EngineKind.IO_URING,
     "threads": _core.EngineKind.THREADS,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPages:
-    """The index at opening, oldest write first; arrays of equal length."""
-
-    keys: NDArray[np.uint8]  # (n, 32)
-    parents: NDArray[np.uint8]  # (n, 32)
-    slots: _Int64s
-    positions: _Int64s
 
 
 class ColdStore:
@@ -122,19 +109,15 @@ class ColdStore:
         try:
             check_or_write_header(self.path, layout)
             self._file = open_slots(self.path / "slots", self.slot_stride * self.num_slots)
-            self._index = open_index(self.path / "index", self.num_slots)
+            self._index = StoreIndex(self.path / "index", self.num_slots)
         except BaseException:
             os.close(self._lock)
             raise
         self._engine = _open_engine(ENGINE_KINDS[io_engine], options)
         self._registered: list[tuple[int, int]] = []
-        self._generations = np.zeros(self.num_slots, dtype=np.uint64)
-        self._roots = np.zeros(self.num_slots, dtype=np.uint64)
-        self._published = np.zeros(self.num_slots, dtype=np.bool_)
-        self._keys = np.zeros((self.num_slots, KEY_BYTES), dtype=np.uint8)
         self._layer_sums: dict[int, NDArray[np.uint64]] = {}
-        self.stored = self._load_index()
-        self._next_generation = max(time.time_ns(), int(self._generations.max(initial=0)) + 1)
+        newest = int(self._index.generations.max(initial=0))
+        self._next_generation = max(time.time_ns(), newest + 1)
         self.num_corrupt = 0
 
     # ---- whole pages -------------------------------------------------------------------------------
@@ -232,35 +215,24 @@ class ColdStore:
 
     def publish(self, slots: _Int64s, names: Sequence[PageName | None]) -> None:
         """Make the named pages in `slots`, whose writes have ended, findable after a restart."""
-        with self._index.begin(write=True) as txn:
-            for slot, name in zip(slots, names, strict=True):
-                if name is not None:
-                    entry = Entry(
-                        slot=int(slot),
-                        generation=int(self._generations[slot]),
-                        position=name.position,
-                        root=int(self._roots[slot]),
-                        parent=name.parent,
-                    )
-                    txn.put(name.key, entry.pack())
-                    self._published[slot] = True
-                    self._keys[slot] = np.frombuffer(name.key, dtype=np.uint8)
+        self._index.publish(slots, names)
 
     def unpublish(self, slots: _Int64s) -> None:
         """Delete the entries that name what is in `slots`, where there are any."""
-        self.unpublish_keys(self._keys[slot].tobytes() for slot in slots if self._published[slot])
+        self._index.unpublish(slots)
 
     def unpublish_keys(self, keys: Iterable[bytes]) -> None:
         """Delete the entries of `keys`, where there are any, before their slots are written again."""
-        with self._index.begin(write=True) as txn:
-            for key in keys:
-                entry = Entry.parse(key, txn.pop(key) or b"", self.num_slots)
-                if entry is not None:
-                    self._published[entry.slot] = False
+        self._index.unpublish_keys(keys)
 
     def is_published(self, slots: _Int64s) -> NDArray[np.bool_]:
         """Whether the index has an entry for what was written to each slot."""
-        return self._published[slots]
+        return self._index.is_published(slots)
+
+    @property
+    def stored(self) -> StoredPages:
+        """What the index held when the store was opened."""
+        return self._index.stored
 
     def rename(self, slots: _Int64s, names: Sequence[PageName]) -> NDArray[np.bool_]:
         """Name pages that were written without one; which of them were found intact and are published now."""
@@ -306,7 +278,7 @@ class ColdStore:
     def sync(self) -> None:
         """Return when every page and entry written so far is durable."""
         self._file.sync()
-        self._index.sync(True)
+        self._index.sync()
 
     @property
     def io_kind(self) -> str:
@@ -334,34 +306,6 @@ class ColdStore:
 
     # ---- inside ------------------------------------------------------------------------------------
 
-    def _load_index(self) -> StoredPages:
-        entries: list[tuple[bytes, Entry]] = []
-        strays: list[bytes] = []
-        taken: set[int] = set()
-        with self._index.begin() as txn:
-            for key, value in txn.cursor():
-                entry = Entry.parse(key, value, self.num_slots)
-                if entry is None or entry.slot in taken:
-                    strays.append(key)
-                    continue
-                taken.add(entry.slot)
-                entries.append((key, entry))
-        with self._index.begin(write=True) as txn:
-            for key in strays:
-                txn.delete(key)
-        entries.sort(key=lambda pair: pair[1].generation)
-        slots = np.array([entry.slot for _, entry in entries], dtype=np.int64)
-        self._generations[slots] = [entry.generation for _, entry in entries]
-        self._roots[slots] = [entry.root for _, entry in entries]
-        self._published[slots] = True
-        self._keys[slots] = keys = _key_array(key for key, _ in entries)
-        return StoredPages(
-            keys=keys,
-            parents=_key_array(entry.parent for _, entry in entries),
-            slots=slots,
-            positions=np.array([entry.position for _, entry in entries], dtype=np.int64),
-        )
-
     def _fill_trailers(
         self,
         tails: mmap.mmap,
@@ -375,8 +319,10 @@ class ColdStore:
         self._next_generation += len(places)
         chosen = [names[place] for place in places]
         tail_rows(tails)[places] = pack_trailers(self.layout, chosen, first, sums)
-        self._generations[slots[places]] = np.arange(first, self._next_generation, dtype=np.uint64)
-        self._roots[slots[places]] = roots_of(sums)
+        self._index.generations[slots[places]] = np.arange(
+            first, self._next_generation, dtype=np.uint64
+        )
+        self._index.roots[slots[places]] = roots_of(sums)
         for slot in slots[places].tolist():
             self._layer_sums.pop(slot, None)
 
@@ -384,8 +330,8 @@ class ColdStore:
         self, slots: _Int64s, raw: NDArray[np.uint8]
     ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
         """The layers' checksums in trailers read from `slots`, and which are those that were written."""
-        stored, same = parse_trailers(self.layout, self._generations[slots], raw)
-        return stored, same & (roots_of(stored) == self._roots[slots])
+        stored, same = parse_trailers(self.layout, self._index.generations[slots], raw)
+        return stored, same & (roots_of(stored) == self._index.roots[slots])
 
     def _load_layer_sums(self, slots: _Int64s) -> None:
         """Read the trailers of the slots whose layers' checksums are not known yet."""
@@ -437,7 +383,3 @@ def _open_engine(kind: _core.EngineKind, options: DiskOptions | None) -> _core.I
     except OSError as error:
         log.warning("%s was measured, but cannot be had now (%s)", options, error)
         return _core.IoEngine(kind)
-
-
-def _key_array(keys: Iterable[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
