@@ -123,6 +123,23 @@ def test_room_ends_leases(manager: TierManager) -> None:
     verify(sequence)
 
 
+def test_prefetching_ends_leases_of_sequences_that_are_idle(manager: TierManager) -> None:
+    idle, busy, coming = (manager.open_sequence() for _ in range(3))
+    grow(manager, coming, tokens=8 * PAGE)
+    coming.suspend()
+    grow(manager, idle, tokens=15 * PAGE)
+    idle_pages = idle.pages
+    manager._core.mover.submit(idle_pages, Tier.GPU, Tier.RAM)  # clean, but for the lease
+    grow(manager, busy, tokens=2 * PAGE)
+    settle(manager)
+    assert min(pins(manager, idle)) == 1
+    assert coming.prefetch() == 8
+    assert max(pins(manager, idle)) == 0
+    assert pins(manager, busy) == [1, 1], "the last step's leases stay"
+    settle(manager)
+    verify(coming)
+
+
 def test_nothing_is_leased_below_the_low_watermark(manager: TierManager) -> None:
     sequence = manager.open_sequence()
     grow(manager, sequence, tokens=22 * PAGE)

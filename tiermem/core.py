@@ -97,6 +97,8 @@ class Core:
         for tier in Tier:
             ids = ids[self.table.states(ids, tier) != FILLING]
         tiers = self.best_tiers(ids)
+        if self.room.spare(Tier.GPU) < len(ids):
+            self.leases.end_idle()
         started = 0
         for src, dst in ((Tier.RAM, Tier.GPU), (Tier.SSD, Tier.RAM)):
             chosen = ids[tiers == src][: self.room.spare(dst)]

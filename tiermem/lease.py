@@ -118,9 +118,13 @@ class Leases:
             if lease is not None:
                 lease.last_step = self._num_steps
                 self._leases[sequence] = lease
+        self.end_idle(IDLE_STEPS)
+
+    def end_idle(self, num_steps: int = 1) -> None:
+        """The leases end of sequences that were in none of the last `num_steps` steps."""
         while self._leases:
             sequence, lease = next(iter(self._leases.items()))
-            if self._num_steps - lease.last_step < IDLE_STEPS:
+            if self._num_steps - lease.last_step < num_steps:
                 return
             self.trim(sequence, 0)
 
