@@ -26,6 +26,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, no_mask)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def tiered_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -67,6 +68,7 @@ def tiered_attention(
     return forward.attend(query, key, scaling, window), None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def no_mask(**kwargs: object) -> torch.Tensor | None:
     """No mask for calls with a TieredCache: it knows padding, causality and windows itself.
 

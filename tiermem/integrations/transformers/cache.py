@@ -167,6 +167,7 @@ class TieredCache(Cache):
         """Columns stored, padding included; the same for all layers."""
         return self._rows.columns
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self,
         key_states: torch.Tensor,
