@@ -49,7 +49,7 @@ demo: $(BUILT) ## generate text with a hot tier several times too small; compare
 
 test: test-native $(BUILT) ## all tests that need no GPU
 	$(call need,pytest pytest_timeout hypothesis xdist lmdb)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-native: build/native/ready ## the C++ tests of the native core
 	ctest --test-dir build/native --output-on-failure
