@@ -70,10 +70,6 @@ class Sequence:
         """Whether `close` was called."""
         return self._owner is None
 
-    def tail_tokens(self) -> int:
-        """Tokens in the last page where that is partly filled; 0 where the last page is full."""
-        return self.num_tokens % self._core.layout.page_tokens
-
     def check_usable(self) -> None:
         """Raise ClosedError once closed, TierMemError while a step on this sequence is running."""
         if self.is_closed:
