@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -60,7 +60,7 @@ class CapturedDecode(Generic[Result]):
             manager.torch_device.type == "cuda"
             and manager.config.decode_graphs is DecodeGraphs.AUTO
         )
-        self._memory = torch.cuda.graph_pool_handle() if self._can_capture else None
+        self._memory: Any = None
 
     @property
     def num_graphs(self) -> int:
@@ -72,6 +72,7 @@ class CapturedDecode(Generic[Result]):
         if self._graphs:
             torch.cuda.synchronize(self._manager.torch_device)  # one may still run
             self._graphs.clear()
+            self._memory = None  # torch frees a pool with the last of its graphs
 
     def run(self, sequences: SequenceOf[Sequence], *inputs: torch.Tensor) -> Result:
         """Decode one token of each of `sequences`; what `body` returned.
@@ -118,6 +119,8 @@ class CapturedDecode(Generic[Result]):
         with torch.inference_mode(False):  # they are written later, whatever the mode is then
             places = tuple(torch.empty_like(value).copy_(value) for value in inputs)
         graph = torch.cuda.CUDAGraph()
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
         try:
             with torch.cuda.graph(graph, pool=self._memory):
                 result = self._body(step, *places)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from tiermem.bench.run import Run, Scale
 from tiermem.device.protocol import Addresses, Direction, Memory, Stream
 from tiermem.measure.timing import time_device, torch_stream
 
-PIECE = 256 << 10
+PIECES = (256 << 10, 16 << 10)
+"""Bytes: pieces that the driver copies, and pieces so small that a kernel does."""
 SIDE = 8192
 BUDGET_PERCENT = 3.0
 WARMUPS = 8
@@ -29,10 +31,10 @@ SHARE_OF_COPY = 0.6
 
 def measure_slow_down(bench: Run, hot: Memory, host: Memory) -> Iterator[Result]:
     """One row a direction and one for both; bytes of both buffers are overwritten."""
-    for name, ways in WAYS.items():
+    for piece, (name, ways) in product(PIECES, WAYS.items()):
         parameters: Parameters = {
             "direction": name,
-            "piece_bytes": PIECE,
+            "piece_bytes": piece,
             "side": SIDE,
             "dtype": "float16",
         }
@@ -43,15 +45,18 @@ def measure_slow_down(bench: Run, hot: Memory, host: Memory) -> Iterator[Result]
         if not bench.on_gpu:
             yield not_measured(subject, "needs a GPU, which copies beside its kernels")
             continue
-        bench.progress(f"copy: matrix products beside copies, {name}")
-        yield measured(subject, _Beside(bench, hot, host, ways).slow_downs(), NO_CEILING)
+        bench.progress(f"copy: matrix products beside copies of {piece >> 10} KiB, {name}")
+        yield measured(subject, _Beside(bench, hot, host, ways, piece).slow_downs(), NO_CEILING)
 
 
 class _Beside:
     """Matrix products on torch's stream, alone and beside copies on streams of their own."""
 
-    def __init__(self, bench: Run, hot: Memory, host: Memory, ways: Sequence[Direction]) -> None:
+    def __init__(
+        self, bench: Run, hot: Memory, host: Memory, ways: Sequence[Direction], piece: int
+    ) -> None:
         self._device = bench.device
+        self._piece = piece
         self._repeats = bench.repeats
         on = bench.device.torch_device
         # Products of random numbers run at the GPU's power limit, where its clock changes by 10% from
@@ -60,13 +65,15 @@ class _Beside:
             torch.ones(SIDE, SIDE, dtype=torch.float16, device=on) for _ in range(3)
         )
         self._streams: list[Stream] = [bench.device.new_stream() for _ in ways]
-        self._batches = [(way, *_ends(way, hot, host, i, len(ways))) for i, way in enumerate(ways)]
+        self._batches = [
+            (way, *_ends(way, hot, host, piece, i, len(ways))) for i, way in enumerate(ways)
+        ]
         copying = time_device(self._device, self._copy, 3, streams=self._streams)
         self._count = 1
-        product = time_device(self._device, self._multiply, 5, warmups=3)
+        multiplying = time_device(self._device, self._multiply, 5, warmups=3)
         quick = bench.scale is Scale.QUICK
         share = SHARE_OF_COPY / (2 if quick else 1)
-        self._count = max(1, int(share * copying.median_s / product.median_s))
+        self._count = max(1, int(share * copying.median_s / multiplying.median_s))
 
     def slow_downs(self) -> list[float]:
         """Percent by which the products took longer beside copies than in the runs alone before and after."""
@@ -98,7 +105,7 @@ class _Beside:
 
     def _copy(self) -> None:
         for (way, dst, src), stream in zip(self._batches, self._streams, strict=True):
-            self._device.copy(way, dst, src, PIECE, stream)
+            self._device.copy(way, dst, src, self._piece, stream)
 
     def _multiply(self) -> None:
         for _ in range(self._count):
@@ -106,13 +113,13 @@ class _Beside:
 
 
 def _ends(
-    way: Direction, hot: Memory, host: Memory, part: int, parts: int
+    way: Direction, hot: Memory, host: Memory, piece: int, part: int, parts: int
 ) -> tuple[Addresses, Addresses]:
     """Destination and source addresses of scattered pieces in one of `parts` equal parts of both buffers."""
     random = np.random.default_rng(part)
-    slots = hot.num_bytes // PIECE // parts
+    slots = hot.num_bytes // piece // parts
     at_hot, at_host = (
-        memory.address + (random.permutation(slots) + part * slots).astype(np.int64) * PIECE
+        memory.address + (random.permutation(slots) + part * slots).astype(np.int64) * piece
         for memory in (hot, host)
     )
     return (at_hot, at_host) if way is Direction.HOST_TO_DEVICE else (at_host, at_hot)
