@@ -10,3 +10,4 @@ void bind_raw_disk(nanobind::module_& module);
 void bind_fault_ops(nanobind::module_& module);
 void bind_checksum(nanobind::module_& module);
 void bind_copies(nanobind::module_& module);
+void bind_kernel_launch(nanobind::module_& module);

@@ -25,7 +25,7 @@ void map_errors() {
 }  // namespace
 
 NB_MODULE(_core, module) {
-  module.doc() = "Native core of tiermem: page table, prefix index, file I/O, checksum and copies.";
+  module.doc() = "Native core of tiermem: page table, prefix index, file I/O, checksum, copies and launches.";
   // What is still alive when the interpreter exits goes with the process; nobody needs to read about it.
   nb::set_leak_warnings(false);
   map_errors();
@@ -36,4 +36,5 @@ NB_MODULE(_core, module) {
   bind_raw_disk(module);
   bind_checksum(module);
   bind_copies(module);
+  bind_kernel_launch(module);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 
 import torch
 
@@ -78,9 +79,14 @@ class _KernelRows:
             "q_heads": case.heads.q, "kv_heads": case.heads.kv, "head_dim": HEAD_DIM,
             "dtype": layout.dtype, "page_tokens": case.page_tokens, "batch": case.text,
         }  # fmt: skip
-        subject = Subject(NAME, "decode", parameters, "GB/s", target_percent=case.target)
-        calls = case.num_layers * case.rounds
-        return measured(subject, rates(samples, calls * kv_bytes), self._read_ceiling())
+        values = rates(samples, case.num_layers * case.rounds * kv_bytes)
+        torch_rate = self._bench.ceilings.torch_read_rate() / GIGA
+        share = 100 * median(values) / torch_rate
+        subject = Subject(
+            NAME, "decode", parameters, "GB/s", target_percent=case.target,
+            note=f"{share:.1f}% of the best of torch's reductions, {torch_rate:,.0f} GB/s",
+        )  # fmt: skip
+        return measured(subject, values, self._read_ceiling())
 
     def prefill(self, heads: Heads, new_tokens: int, past_tokens: int) -> Result:
         """A chunk of a prompt over what is cached, against torch's attention over contiguous KV."""

@@ -27,6 +27,7 @@ Reduction = Callable[[torch.Tensor], torch.Tensor]
 
 ROW = 1 << 14
 """Elements of 8 bytes in a row."""
+COMPILED_REDUCTION = "exclusive or, in Triton"
 GPU_REDUCTIONS: dict[str, Reduction] = {
     "sum of float64": lambda data: data.view(torch.float64).sum(),
     "sums of rows of float64": lambda data: data.view(torch.float64).view(-1, ROW).sum(1),
@@ -147,6 +148,11 @@ class Ceilings:
     def hbm_read_rate(self) -> float:
         """Bytes/s at which the device reads its own memory: the best of several reductions."""
         return max(self.reduction_rates().values())
+
+    def torch_read_rate(self) -> float:
+        """The same by torch's own reductions, without the one that is compiled here."""
+        rates = self.reduction_rates()
+        return max(rates[name] for name in rates if name != COMPILED_REDUCTION)
 
     def reduction_rates(self) -> dict[str, float]:
         """Bytes/s that each reduction reads of hot memory."""
@@ -273,7 +279,7 @@ def _compiled() -> dict[str, Reduction]:
     """Reductions that are compiled here; only a GPU needs them."""
     from tiermem.attention.kernels.read import fold
 
-    return {"exclusive or, in Triton": fold}
+    return {COMPILED_REDUCTION: fold}
 
 
 def _room(wanted: int, free_bytes: int) -> int:
