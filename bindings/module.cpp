@@ -25,7 +25,8 @@ void map_errors() {
 }  // namespace
 
 NB_MODULE(_core, module) {
-  module.doc() = "Native core of tiermem: page table, prefix index, file I/O, checksum, copies and launches.";
+  module.doc() =
+      "Native core of tiermem: page table, prefix index, file I/O, checksum, copies and launches.";
   // What is still alive when the interpreter exits goes with the process; nobody needs to read about it.
   nb::set_leak_warnings(false);
   map_errors();

@@ -698,3 +698,46 @@ def move_pieces(dst: Int64s, src: Int64s, num_bytes: Int64s, num_threads: int) -
     The pieces have no order and must not overlap. Large batches are shared by up to `num_threads`
     threads. Raises ValueError for lengths that differ, a piece below 1 byte, no thread.
     """
+
+# -- Launches -------------------------------------------------------------------------------------
+
+@final
+class LaunchCalls:
+    """Addresses of the driver's cuLaunchKernelEx, cuCtxGetCurrent, cuCtxSetCurrent, cuGetErrorString."""
+
+    def __init__(
+        self, *, launch: int, get_context: int, set_context: int, error_string: int
+    ) -> None: ...
+
+@final
+class KernelLaunch:
+    """A kernel with its grid and its parameters in place; see `native/include/tiermem/kernel_launch.h`.
+
+    Its first `num_changing` parameters are of 64 bits and given at each launch; `fixed` are the
+    bytes of the others, 4, 8 or 128 (a tensor map) of each. `context` is the one that `function` is
+    loaded in. `early`: it may start while the kernel before it on its stream still runs.
+
+    Raises ValueError for a parameter of another size, or more than 64 of them.
+    """
+
+    def __init__(
+        self,
+        calls: LaunchCalls,
+        *,
+        name: str,
+        function: int,
+        context: int,
+        grid: tuple[int, int],
+        threads: int,
+        shared_bytes: int,
+        early: bool,
+        num_changing: int,
+        fixed: list[bytes],
+    ) -> None: ...
+    def launch(self, stream: int, *numbers: int) -> None:
+        """Launch on `stream`, whichever context is the thread's current one.
+
+        Releases the GIL; any number of threads may launch at once. Raises RuntimeError with CUDA's
+        code and words when the driver refuses, ValueError for another count than `num_changing`,
+        TypeError for what is no int from 0 to 2^64 - 1.
+        """
