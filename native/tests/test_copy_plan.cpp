@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -142,6 +143,26 @@ void test_random_batches() {
   }
 }
 
+// Many pieces, near together or all over the address space.
+void test_large_batches() {
+  std::mt19937_64 random(11);
+  for (int round = 0; round < 40; ++round) {
+    const std::uint64_t step = std::uint64_t{1} << random() % 40;
+    std::vector<std::uint64_t> slots(1 << 12);
+    std::iota(slots.begin(), slots.end(), random() % 1000);
+    std::shuffle(slots.begin(), slots.end(), random);
+    slots.resize(256 + random() % 1000);
+    Pieces pieces;
+    for (const std::uint64_t slot : slots) {
+      const std::uint64_t bytes = 1 + random() % std::min(step, std::uint64_t{4});
+      pieces.push_back({4096 + 8 * pieces.size(), slot * step, bytes});
+    }
+    check_plan(pieces, CopySide::Src);
+    std::shuffle(pieces.begin(), pieces.end(), random);
+    check_plan(pieces, CopySide::Dst);
+  }
+}
+
 void test_one_source_may_be_read_twice() {
   check_plan({{100, 10, 4}, {200, 10, 4}, {300, 14, 4}}, CopySide::Src);
 }
@@ -159,6 +180,7 @@ void test_neighbours_on_both_sides_become_one_piece() {
 int main() {
   test_every_small_batch();
   test_random_batches();
+  test_large_batches();
   test_one_source_may_be_read_twice();
   test_neighbours_on_both_sides_become_one_piece();
   return tiermem_test::report("test_copy_plan");
