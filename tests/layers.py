@@ -96,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trace": set(),
     "config": {"errors", "layout"},
     "device": {"errors", "native"},
-    "attention": {"layout"},
+    "attention": {"native", "layout"},
     "pools": {"native", "errors", "layout", "device"},
     "store": {"native", "errors", "layout"},
     "prefix": {"native", "errors", "layout", "pools", "store"},

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-from dataclasses import dataclass, field, replace
+import sys
+from dataclasses import replace
 from typing import Any
 
 import attention_cases as cases
 import pytest
 import torch
 from attention_cases import LAYER, Case, Shape, make_case
+from fake_driver import FakeDriver, parameter_sizes
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -28,64 +29,15 @@ CPU = -1
 """The device of tensors on the CPU, which stand for those on a GPU."""
 
 
-@dataclass
-class Launched:
-    """One launch: the kernel's name, its grid, and its parameters in memory."""
-
-    name: str
-    grid: tuple[int, int]
-    early: bool
-    pointers: list[int]
-
-    def number(self, index: int, ctype: Any = ctypes.c_uint64) -> Any:
-        return ctype.from_address(self.pointers[index]).value
-
-
-@dataclass
-class FakeDriver:
-    """Keeps what is launched; functions are numbers of `names`."""
-
-    names: list[str] = field(default_factory=list)
-    launched: list[Launched] = field(default_factory=list)
-
-    def load(self, kernel: Any) -> None:
-        self.names.append(kernel.name)
-        kernel.function = len(self.names)
-        kernel._run = self.never
-
-    @staticmethod
-    def never(*_: object) -> None:
-        raise AssertionError("launched by Triton")
-
-    def cuTensorMapEncodeTiled(self, *_: object) -> int:  # noqa: N802
-        return 0
-
-    def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, _: None) -> int:  # noqa: N802
-        found = config._obj
-        grid = (found.grid[0], found.grid[1])
-        early = found.num_attributes == 1
-        name = self.names[function.value - 1]
-        self.launched.append(Launched(name, grid, early, list(pointers)))
-        return 0
-
-    def take(self) -> list[Launched]:
-        taken, self.launched = self.launched, []
-        return taken
-
-
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     fake = FakeDriver()
 
     def load(kernel: Any) -> None:
-        fake.load(kernel)
+        kernel.function = fake.load(kernel.name, parameter_sizes(kernel))
+        kernel._run = _never
 
     class Active:
-        @staticmethod
-        def get_current_stream(device: int) -> int:
-            assert device == CPU
-            return 0
-
         @staticmethod
         def get_current_target() -> Any:
             return target_of((9, 0))
@@ -93,9 +45,12 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(driver, "_driver", lambda: fake)
     monkeypatch.setattr(CompiledKernel, "_init_handles", load)
     monkeypatch.setattr(triton.runtime.driver, "_active", Active)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: CPU)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     return fake
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("launched by Triton")
 
 
 def _case(stored: tuple[int, ...] = (5000, 70), page_tokens: int = 64) -> Case:
@@ -110,7 +65,7 @@ def test_a_planned_decode_is_one_kernel_and_an_early_merge(fake: FakeDriver) -> 
     out, lse = case.run(backend, torch.float16)
     decode, merge = fake.take()
     assert (decode.name, merge.name) == ("decode_chunks", "merge_parts")
-    assert decode.grid == (2 * len(work.rows), 1) and not decode.early
+    assert decode.grid == (2 * len(work.rows), 1, 1) and not decode.early
     assert merge.grid[0] == 2 * 8 and merge.early
     assert decode.number(0) == case.q.data_ptr()
     assert [decode.number(i) for i in (1, 2)] == [out.data_ptr(), lse.data_ptr()]
@@ -139,6 +94,54 @@ def test_every_layer_gets_its_own_results_and_offset_from_what_was_prepared_once
         assert decode.number(1) == results[-1][0].data_ptr()
     assert len({out.data_ptr() for out, _ in results}) == 3
     assert len(fake.names) == 2 and len(case.tables.prepared) == 1
+
+
+def test_launches_are_given_the_stream_that_is_current_then(fake: FakeDriver) -> None:
+    backend = TritonBackend((9, 0), NUM_SMS)
+    case = cases.with_work(_case(), backend)
+    k = torch.zeros(1, 2, 128, dtype=torch.float16)
+    streams = [7, 2**47 + 8, 7]
+    backend._kernels_of(CPU).current_stream = lambda: streams[0]
+    while streams:
+        case.run(backend)
+        backend.store(case.pool, 0, k, k, torch.zeros(1, dtype=torch.int64))
+        assert [launch.stream for launch in fake.take()] == [streams.pop(0)] * 3
+    # partial results of two streams would overwrite each other
+    assert len(case.tables.prepared) == 2
+
+
+def test_a_gpus_current_stream_is_asked_for_each_time(
+    fake: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Active:
+        streams = iter((8, 9))
+
+        @classmethod
+        def get_current_stream(cls, device: int) -> int:
+            assert device == 2
+            return next(cls.streams)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Active)
+    kernels = compiled.CompiledKernels(2)
+    assert [kernels.current_stream(), kernels.current_stream()] == [8, 9]
+    assert compiled.CompiledKernels(CPU).current_stream() == 0
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_results_are_contiguous_whatever_q_is(
+    fake: FakeDriver, out_dtype: torch.dtype, rows: int
+) -> None:
+    backend = TritonBackend((9, 0), NUM_SMS)
+    case = make_case(Shape(2, 4, 128, 64, "float16", (rows,), (100,)), 1)
+    q = torch.zeros(8, rows, 128, dtype=torch.float16).transpose(0, 1)
+    out, lse = replace(case, q=q).run(backend, out_dtype)
+    assert rows < 2 or not q.is_contiguous()
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (
+        q.shape, out_dtype, q.shape[:2], torch.float32,
+    )  # fmt: skip
+    assert out.stride() == torch.empty(q.shape).stride()
+    assert lse.stride() == torch.empty(q.shape[:2]).stride()
 
 
 def test_unaligned_rows_get_a_kernel_of_their_own(fake: FakeDriver) -> None:
@@ -208,7 +211,9 @@ def test_parameters_unknown_here_go_to_tritons_launcher(
 ) -> None:
     passed: list[tuple[Any, ...]] = []
     monkeypatch.setattr(compiled, "takes_parameters", lambda *_: False)
-    monkeypatch.setattr(fake, "never", lambda *arguments: passed.append(arguments))
+    monkeypatch.setattr(
+        sys.modules[__name__], "_never", lambda *arguments: passed.append(arguments)
+    )
     backend = TritonBackend((9, 0), NUM_SMS)
     case = cases.with_work(_case((100,)), backend)
     out, lse = case.run(backend)

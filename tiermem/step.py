@@ -147,7 +147,8 @@ class Step:
                 else "none, all are appended"
             )
             raise TierMemError(f"append of layer {layer}: the layers come in order, due is {due}")
-        _require_tensors(k=k, v=v)
+        _require_tensor("k", k)
+        _require_tensor("v", v)
         self._core.backend.store(self._core.hot, layer, k, v, self._token_slots)
         self._kv = (k, v)
         for chunk in self._chunks:
@@ -189,7 +190,7 @@ class Step:
                 f"attend of layer {layer}: must follow append of that layer; the last one appended "
                 f"is {self._next_layer - 1 if self._next_layer else 'none'}"
             )
-        _require_tensors(q=q)
+        _require_tensor("q", q)
         if scale is None:
             scale = self._core.layout.head_dim**-0.5
         if not self._chunks:
@@ -345,8 +346,7 @@ class Step:
         return self._plan
 
 
-def _require_tensors(**tensors: object) -> None:
+def _require_tensor(name: str, tensor: object) -> None:
     """The backend checks shape, dtype and device, once for arguments that are alike."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: must be a torch.Tensor, not {type(tensor).__name__}")
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: must be a torch.Tensor, not {type(tensor).__name__}")

@@ -59,6 +59,8 @@ class PoolView:
     slot_items: int
     num_slots: int
     holds: SlotHolds = SlotHolds.WHOLE_PAGE
+    layer_stride: int = field(init=False, repr=False, compare=False)
+    """Elements from a layer's slice to that of the next layer; 0 where a slot holds one."""
     prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """For backends alone: what they worked out for this view once."""
 
@@ -77,6 +79,8 @@ class PoolView:
             raise ValueError(
                 f"num_slots={self.num_slots}: {self.data.numel()} elements do not hold them"
             )
+        stride = 0 if self.holds is SlotHolds.ONE_LAYER else self.layout.layer_items
+        object.__setattr__(self, "layer_stride", stride)
 
     @property
     def used_items(self) -> int:
@@ -94,9 +98,7 @@ class PoolView:
         """
         if not 0 <= layer < self.layout.num_layers:
             raise ValueError(f"layer={layer}: must be 0 to {self.layout.num_layers - 1}")
-        if self.holds is SlotHolds.ONE_LAYER:
-            return 0
-        return layer * self.layout.layer_items
+        return layer * self.layer_stride
 
     def layer_pages(self, layer: int) -> torch.Tensor:
         """One layer of every slot: a view (num_slots, 2, kv_heads, page_tokens, head_dim), K then V."""

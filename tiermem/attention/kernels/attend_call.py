@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from tiermem.attention.kernels.launches import (
     ATTEND_CHANGING,
     MERGE_CHANGING,
     AttendLaunch,
+    maker_of_empty,
     operands_of,
 )
 from tiermem.attention.kernels.tiles import DecodeTile, Tile
@@ -58,8 +60,8 @@ class AttendCall:
         memory = torch.empty(sum(sizes), dtype=torch.float32, device=self.q.device)
         parts, part_lses = memory.split(sizes)
         return AttendLaunch(
-            self.backend, self.kernels, self.pool, self.q.shape, self.q.shape[:2], self.out_dtype,
-            self.q.device, launch, self._bind_merge(max_splits) if num_parts else None, memory,
+            self.backend, self.kernels, self.pool, *_results(self.q, self.out_dtype),
+            launch, self._bind_merge(max_splits) if num_parts else None, memory,
             (self.kernels.passed(parts), self.kernels.passed(part_lses)),
         )  # fmt: skip
 
@@ -208,9 +210,18 @@ def without_rows(
     """What is repeated where there are no rows: it returns results without any."""
     nothing = torch.empty(0, device=q.device)
     return AttendLaunch(
-        backend, kernels, pool, q.shape, q.shape[:2], out_dtype, q.device, None, None, nothing,
-        (None, None),
+        backend, kernels, pool, *_results(q, out_dtype), None, None, nothing, (None, None),
     )  # fmt: skip
+
+
+def _results(
+    q: torch.Tensor, out_dtype: torch.dtype
+) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+    """What makes tensors for the output and for its lse."""
+    return (
+        maker_of_empty(q.shape, out_dtype, q.device),
+        maker_of_empty(q.shape[:2], torch.float32, q.device),
+    )
 
 
 def _describable(pool: PoolView) -> bool:

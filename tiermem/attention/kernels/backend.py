@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tiermem.attention.arguments import check_attend, check_merge, check_store
 from tiermem.attention.kernels import tiles
 from tiermem.attention.kernels.attend_call import AttendCall, without_rows
-from tiermem.attention.kernels.compiled import CompiledKernels, current_stream_of
+from tiermem.attention.kernels.compiled import CompiledKernels
 from tiermem.attention.kernels.launches import launch_merge, prepare_store
 from tiermem.attention.kernels.tiles import Capability
 from tiermem.attention.pool_view import PagedTables, PoolView, ProductMath
@@ -71,7 +71,7 @@ class TritonBackend:
         launch = pool.prepared.get(key)
         if launch is None or launch.backend is not self:
             check_store(pool, k, v, token_slots)
-            kernels = self._kernels_of(pool.data)
+            kernels = self._kernels_of(pool.data.get_device())
             launch = prepare_store(self, kernels, pool, k, v, token_slots.numel())
             _remember(pool.prepared, key, launch)
         launch(pool.layer_offset(layer), k, v, token_slots)
@@ -88,21 +88,23 @@ class TritonBackend:
         out_dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax attention of each query row over the stored tokens that it may see."""
+        device = q.get_device()
+        kernels = self._kernels_of(device)
+        stream = kernels.current_stream()
         key = (
-            id(self), id(pool), q.shape, q.stride(), q.dtype, q.data_ptr() % 16, q.get_device(),
-            scale, window, out_dtype, current_stream_of(q),
+            id(self), id(pool), q.shape, q.stride(), q.dtype, q.data_ptr() % 16, device,
+            scale, window, out_dtype, stream,
         )  # fmt: skip
         launch = tables.prepared.get(key)
         if launch is None or launch.backend is not self or launch.pool is not pool:
             check_attend(pool, q, tables, window)
-            kernels = self._kernels_of(pool.data)
             if tables.num_rows == 0:
                 launch = without_rows(self, kernels, pool, q, out_dtype)
             else:
                 call = AttendCall(self, kernels, pool, q, tables, scale, window, out_dtype)
                 launch = call.prepare()
             _remember(tables.prepared, key, launch)
-        out, lse = launch(pool.layer_offset(layer), q)
+        out, lse = launch(stream, pool.layer_offset(layer), q)
         return out, lse
 
     def merge(
@@ -110,12 +112,11 @@ class TritonBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Join results over disjoint sets of tokens into the result over all of them."""
         check_merge(outs, lses)
-        kernels = self._kernels_of(outs[0])
+        kernels = self._kernels_of(outs[0].get_device())
         return launch_merge(kernels, torch.stack(outs), torch.stack(lses), out_dtype)
 
-    def _kernels_of(self, tensor: torch.Tensor) -> CompiledKernels:
-        """The kernels for the device that `tensor` is on."""
-        device = tensor.get_device()
+    def _kernels_of(self, device: int) -> CompiledKernels:
+        """The kernels for a device, by the index that its tensors give."""
         kernels = self._kernels.get(device)
         if kernels is None:
             kernels = self._kernels[device] = CompiledKernels(device)

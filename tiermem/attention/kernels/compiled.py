@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tiermem.attention.kernels.driver import BoundLaunch, bind, takes_parameters
+from tiermem.attention.kernels.driver import BoundLaunch, bind, current_context, takes_parameters
 
 TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 """Triton's name of each dtype that attention reads or writes."""
@@ -84,22 +85,14 @@ def pointer(dtype: torch.dtype, aligned: bool) -> str:
     return f"*{TYPE_NAMES[dtype]}{ALIGNED if aligned else ''}"
 
 
-def current_stream_of(tensor: torch.Tensor) -> int:
-    """The handle of the current stream on the tensor's device; 0 on the CPU, for the interpreter."""
-    device = tensor.get_device()
-    if device < 0:
-        return 0
-    return int(triton.runtime.driver.active.get_current_stream(device))
-
-
 class Kernel(Protocol):
     """One variant, ready to be launched on one device."""
 
     def bind(
         self, grid: tuple[int, int], num_changing: int, values: Mapping[str, Any]
     ) -> BoundLaunch:
-        """A launch that takes the first `num_changing` parameters: what `passed` makes of tensors, and
-        numbers of 64 bits. `values` has the other ones that are not constants, by name."""
+        """A launch that takes a stream and the first `num_changing` parameters: what `passed` makes of
+        tensors, and numbers of 64 bits. `values` has the other ones that are not constants, by name."""
 
 
 class CompiledKernels:
@@ -107,7 +100,7 @@ class CompiledKernels:
 
     Parameters
     ----------
-    device: index of the GPU; not looked at in the interpreter.
+    device: index of the GPU, -1 for the CPU, which the interpreter works on.
     """
 
     def __init__(self, device: int) -> None:
@@ -117,6 +110,10 @@ class CompiledKernels:
         """What a launch takes for a tensor: its address, in the interpreter the tensor."""
         if self.interpreted:
             self.passed = _itself
+        self.current_stream: Callable[[], int] = lambda: 0
+        """The handle of the device's current stream."""
+        if device >= 0:
+            self.current_stream = partial(triton.runtime.driver.active.get_current_stream, device)
         self._device = device
         self._kernels: dict[Variant, Kernel] = {}
 
@@ -146,6 +143,7 @@ class LoadedKernel:
             target = triton.runtime.driver.active.get_current_target()
             self._compiled = compile_variant(variant, target)
             self._run = self._compiled.run  # loads the code into the device's context
+            self._context = current_context()
         passed = [
             (name, argument.removesuffix(ALIGNED))
             for name, argument in zip(variant.kernel.arg_names, variant.arguments, strict=True)
@@ -162,7 +160,7 @@ class LoadedKernel:
         if not self._through_driver:
             return self._bind_to_triton(grid, num_changing, values)
         kept = [values[name] for name in self._names[num_changing:]]
-        return bind(self._compiled, self._device, grid, self._types, kept, num_changing)
+        return bind(self._compiled, self._context, grid, self._types, kept, num_changing)
 
     def _bind_to_triton(
         self, grid: tuple[int, int], num_changing: int, values: Mapping[str, Any]
@@ -170,13 +168,12 @@ class LoadedKernel:
         run, function, device = self._run, self._compiled.function, self._device
         metadata = self._compiled.packed_metadata
         rest = rest_of(self._variant, num_changing, values)
-        stream_of = triton.runtime.driver.active.get_current_stream
 
-        def launch(*numbers: Any) -> None:
+        def launch(stream: int, *numbers: Any) -> None:
             with torch.cuda.device(device):
                 # No metadata and no hooks: they are for Triton's own profiler.
                 run(
-                    *grid, 1, stream_of(device), function, metadata, None, None, None,
+                    *grid, 1, stream, function, metadata, None, None, None,
                     *numbers, *rest,
                 )  # fmt: skip
 
@@ -196,7 +193,7 @@ class InterpretedKernel:
         kernel, num_warps = self._variant.kernel, self._variant.num_warps
         rest = rest_of(self._variant, num_changing, values)
 
-        def launch(*tensors: Any) -> None:
+        def launch(_stream: int, *tensors: Any) -> None:
             kernel[grid](*tensors, *rest, num_warps=num_warps)
 
         return launch
