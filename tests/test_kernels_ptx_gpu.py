@@ -41,7 +41,7 @@ class PtxKernel:
         from tiermem.attention.kernels.compiled import rest_of
 
         rest = rest_of(self._variant, num_changing, values)
-        return lambda *numbers: self._launch(*grid, *numbers, *rest)
+        return lambda stream, *numbers: self._launch(stream, *grid, *numbers, *rest)
 
 
 def _load_ptx(variant: Any) -> Any:
@@ -64,11 +64,10 @@ def _load_ptx(variant: Any) -> Any:
         CTYPES.get(variant.arguments[i].removesuffix(ALIGNED), ctypes.c_void_p) for i in passed
     )
 
-    def launch(grid_x: int, grid_y: int, *arguments: Any) -> None:
+    def launch(stream: int, grid_x: int, grid_y: int, *arguments: Any) -> None:
         # Triton's kernels take two pointers to scratch memory besides, which these do not use.
         values = (*(arguments[i] for i in passed), 0, 0)
         parameters = (values, (*types, ctypes.c_void_p, ctypes.c_void_p))
-        stream = torch.cuda.current_stream().cuda_stream
         threads = 32 * variant.num_warps
         _checked(
             driver.cuLaunchKernel(
