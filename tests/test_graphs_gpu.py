@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tiermem import PageLayout, Sequence, TierConfig, TierManager
+from tiermem.device.capture import capture
 from tiermem.graphs import CapturedDecode
 from tiermem.step import Step
 
@@ -147,6 +148,28 @@ def test_a_body_that_cannot_be_captured_runs_as_it_is(
             decode(decoding, [text])
     assert decoding.num_graphs == 0
     assert sum("not captured" in record.message for record in caplog.records) == 1
+
+
+def test_a_failed_capture_leaves_torch_as_it_was(manager: TierManager) -> None:
+    before = torch.cuda.Stream()
+    with torch.cuda.stream(before):
+        with pytest.raises(RuntimeError), capture(torch.cuda.CUDAGraph()):
+            torch.ones(3, device="cuda").sum().item()
+        assert torch.cuda.current_stream() == before
+        assert torch.randn(1000, device="cuda").std() > 0.5
+        freed = torch.cuda.memory_allocated()
+        del_me = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+        del_me.record_stream(torch.cuda.default_stream())
+        del del_me
+        torch.cuda.synchronize()
+        torch.empty(1, device="cuda")  # lets the allocator look at its events
+        assert torch.cuda.memory_allocated() <= freed + 512
+        text = Text(manager, 0)
+        prefill(manager, text, 100)
+        decoding = CapturedDecode(manager, body)
+        for _ in range(3):
+            decode(decoding, [text])
+        assert decoding.num_graphs == 1
 
 
 def test_graphs_can_be_switched_off() -> None:

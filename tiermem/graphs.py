@@ -16,6 +16,7 @@ import torch
 
 from tiermem import trace
 from tiermem.config import DecodeGraphs
+from tiermem.device.capture import capture
 from tiermem.manager import TierManager
 from tiermem.sequence import Sequence
 from tiermem.step import Step
@@ -122,7 +123,7 @@ class CapturedDecode(Generic[Result]):
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph, pool=self._memory):
+            with capture(graph, pool=self._memory):
                 result = self._body(step, *places)
         except RuntimeError as error:  # what torch raises for work that a capture does not allow
             self._can_capture = False

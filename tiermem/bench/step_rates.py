@@ -11,6 +11,7 @@ import torch
 
 from tiermem.attention.pool_view import TORCH_DTYPES
 from tiermem.config import TierConfig
+from tiermem.device.capture import capture
 from tiermem.layout import PageLayout
 from tiermem.manager import TierManager
 from tiermem.rates import Rates
@@ -152,7 +153,7 @@ class _Bench:
             run()
             return time.perf_counter() - start_s
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.tm.torch_device), torch.cuda.graph(graph):
+        with torch.cuda.device(self.tm.torch_device), capture(graph):
             run()
         times = []
         for _ in range(self.reference.replays + 3):

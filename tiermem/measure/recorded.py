@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from tiermem.device.capture import capture
 from tiermem.device.protocol import Device, DeviceKind
 
 WARMUPS = 3
@@ -29,7 +30,7 @@ class Recorded:
                 body()
         side.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=side):
+        with capture(self._graph, stream=side):
             body()
 
     def replay(self) -> None:

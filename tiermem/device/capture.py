@@ -1,0 +1,48 @@
+"""Capture of CUDA graphs that leaves torch as it was where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def capture(
+    graph: torch.cuda.CUDAGraph, *, pool: Any = None, stream: torch.cuda.Stream | None = None
+) -> Iterator[None]:
+    """Record into `graph` what the block gives the current device, as `torch.cuda.graph` does.
+
+    Where the block does what a capture does not allow, torch's own context leaves its capture stream current,
+    the allocator with a capture that never ends, and a generator that refuses to make random numbers. Here all
+    three are put right before the error goes on.
+
+    Parameters
+    ----------
+    pool: a handle of `torch.cuda.graph_pool_handle()` that graphs share, or None for one of its own.
+    stream: to capture on; torch's own one if not given.
+
+    Raises
+    ------
+    RuntimeError: what was done cannot be captured.
+    """
+    before = torch.cuda.current_stream()
+    memory = torch.cuda.graph_pool_handle() if pool is None else pool
+    try:
+        with torch.cuda.graph(graph, pool=memory, stream=stream):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(before)
+        _leave_capture(before.device, memory)
+        raise
+
+
+def _leave_capture(device: torch.device, memory: Any) -> None:
+    with suppress(RuntimeError):  # some versions of torch end this themselves
+        torch._C._cuda_endAllocateToPool(device.index, memory)
+    # A capture that ends well takes the generator out of capturing.
+    place = torch.zeros(1, device=device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        place.zero_()
