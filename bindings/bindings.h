@@ -11,3 +11,4 @@ void bind_fault_ops(nanobind::module_& module);
 void bind_checksum(nanobind::module_& module);
 void bind_copies(nanobind::module_& module);
 void bind_kernel_launch(nanobind::module_& module);
+void bind_cpu_attention(nanobind::module_& module);

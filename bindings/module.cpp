@@ -38,4 +38,5 @@ NB_MODULE(_core, module) {
   bind_checksum(module);
   bind_copies(module);
   bind_kernel_launch(module);
+  bind_cpu_attention(module);
 }

@@ -741,3 +741,79 @@ class KernelLaunch:
         code and words when the driver refuses, ValueError for another count than `num_changing`,
         TypeError for what is no int from 0 to 2^64 - 1.
         """
+
+# -- Attention on the CPU -------------------------------------------------------------------------
+
+class FloatType(enum.Enum):
+    """What stored, query and output items are."""
+
+    FLOAT16 = 0
+    BFLOAT16 = 1
+    FLOAT32 = 2
+
+class AttentionInstructions(enum.Enum):
+    """Which instructions compute attention."""
+
+    AUTO = 0
+    """The widest that this processor has."""
+    PORTABLE = 1
+    AVX2 = 2
+    """With FMA and F16C."""
+    AVX512 = 3
+
+def attention_instructions_supported(instructions: AttentionInstructions) -> bool: ...
+
+@final
+class CpuAttention:
+    """Attention over pages in host memory, in place; see `native/include/tiermem/cpu_attention.h`.
+
+    `num_threads` counts the thread that calls `attend`; `cpus` are what the others are bound to, one
+    each, or none. Raises ValueError for no thread, another number of cpus, or instructions that this
+    processor lacks, OSError for a thread that cannot be had or bound.
+    """
+
+    def __init__(
+        self,
+        num_threads: int,
+        *,
+        cpus: Sequence[int] = ...,
+        instructions: AttentionInstructions = ...,
+    ) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def instructions(self) -> AttentionInstructions:
+        """Those in use: never AUTO."""
+
+    def attend(
+        self,
+        *,
+        kv_type: FloatType,
+        num_kv_heads: int,
+        page_tokens: int,
+        head_dim: int,
+        slices: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int32] | None,
+        num_pages: npt.NDArray[np.int32],
+        kv_end: npt.NDArray[np.int32],
+        row_starts: npt.NDArray[np.int32],
+        q_start: npt.NDArray[np.int32],
+        q: int,
+        row_stride: int,
+        head_stride: int,
+        num_heads: int,
+        scale: float,
+        window: int | None,
+        out: int,
+        out_type: FloatType,
+        lse: int,
+    ) -> None:
+        """Attend; done on return. Releases the GIL. One call at a time; others wait for it.
+
+        `slices` (B, pages) are addresses of the pages' layer slices and `starts`, of the same shape,
+        the positions of their first tokens; the other arrays are as in PagedTables. `q`, `out` and
+        `lse` are addresses, strides count items, and the output is contiguous.
+
+        Raises ValueError for shapes that do not fit, and for a page that a row sees whose address
+        is 0.
+        """

@@ -1,8 +1,9 @@
-"""HostBackend: attention through torch on the CPU.
+"""HostBackend: attention on the CPU.
 
-A sequence's pages are gathered a chunk of keys at a time, so that memory stays bounded whatever the
-context length, and each chunk is folded into a running softmax (Milakov and Gimelshein 2018,
-arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). Sums are float32.
+Decoding and short chunks are the native core's, over pages where they lie. Long chunks go through torch,
+whose matrix products are faster then: a sequence's pages are gathered a chunk of keys at a time, so that
+memory stays bounded whatever the context length, and each chunk is folded into a running softmax (Milakov
+and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). Sums are float32.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tiermem._core import AttentionInstructions
 from tiermem.attention.arguments import check_attend, check_merge, check_store
+from tiermem.attention.in_place import InPlaceAttention
 from tiermem.attention.pool_view import PagedTables, PoolView
 from tiermem.layout import PageLayout
 
+LONG_ROWS = 64
+"""Query rows of a sequence from which on torch attends."""
 TILE_ROWS = 256
 """Query rows that go through a chunk of keys together."""
 SCORE_ITEMS = 1 << 20
@@ -78,7 +83,22 @@ class _Softmax:
 
 
 class HostBackend:
-    """Attention through torch on the CPU; see AttentionBackend. Everything is done on return."""
+    """Attention on the CPU; see AttentionBackend. Everything is done on return.
+
+    Parameters and errors: as InPlaceAttention.
+    """
+
+    def __init__(
+        self,
+        threads: int | None = None,
+        instructions: AttentionInstructions = AttentionInstructions.AUTO,
+    ) -> None:
+        self._in_place = InPlaceAttention(threads, instructions)
+
+    @property
+    def threads(self) -> int:
+        """Threads that attend over pages in place, the caller's included."""
+        return self._in_place.threads
 
     def plan(self, layout: PageLayout, kv_lens: NDArray[np.int64]) -> None:
         """Nothing: there are no programs to divide work among."""
@@ -115,6 +135,10 @@ class HostBackend:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax attention of each query row over the stored tokens that it may see."""
         group = check_attend(pool, q, tables, window)
+        if tables.max_rows < LONG_ROWS:
+            return self._in_place.attend(
+                pool, layer, q, tables, scale=scale, window=window, out_dtype=out_dtype
+            )
         out = torch.zeros(q.shape, dtype=out_dtype)
         lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float32)
         pages = pool.layer_pages(layer)

@@ -1,0 +1,105 @@
+// AttentionKernel: what one set of instructions does for CpuAttention. A unit is a run of pages, one KV
+// head and a group of query lines.
+//
+// A line is one query row of one query head. The lines of a KV head are numbered row by row:
+// line = row * heads_per_kv + head. Tasks hold plain pointers: files compiled for wider instructions
+// include this, and must not emit inline functions that the whole program could come to use.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "tiermem/cpu_attention.h"
+
+namespace tiermem {
+
+// Lines of a block: they go through keys and values side by side, in registers.
+inline constexpr std::size_t kMostBlockLines = 8;
+// Items of a vector, at most; rows of float32 scratch are padded to a multiple of this.
+inline constexpr std::size_t kMostLanes = 16;
+
+// Tokens of one page that some line of the group sees: [first, end) of the page, at positions
+// [position, position + end - first).
+struct SeenPage {
+  const std::byte* slice;
+  std::uint32_t first;
+  std::uint32_t end;
+  std::int64_t position;
+};
+
+// Positions that a line sees; empty where end <= start.
+struct SeenRange {
+  std::int64_t start;
+  std::int64_t end;
+};
+
+// A partial softmax of a group of lines, in base 2: line i's sum of 2^(z - peak) and of that times V.
+struct Partial {
+  float* weighted;  // (lines, padded_dim), 64-byte aligned
+  float* peak;      // (blocks, kMostLanes): of a block's line g at lane g
+  float* total;     // as peak
+};
+
+// How a group's lines form blocks of nearly equal size. REQUIRES: 1 <= most_lines.
+struct LineBlocks {
+  std::size_t num_lines;
+  std::size_t num_blocks;
+
+  constexpr LineBlocks(std::size_t lines, std::size_t most_lines)
+      : num_lines(lines), num_blocks((lines + most_lines - 1) / most_lines) {}
+  constexpr std::size_t start(std::size_t block) const { return num_lines * block / num_blocks; }
+};
+
+// One row of queries of one head, to scaled float32.
+struct PrepareTask {
+  FloatType type;
+  const void* query;  // head_dim items
+  std::size_t head_dim;
+  double factor;
+  float* prepared;  // padded_dim, filled up with 0
+};
+
+struct UnitTask {
+  KvShape shape;
+  std::size_t padded_dim;
+  std::size_t kv_head;
+  const SeenPage* pages;
+  std::size_t num_pages;
+  std::size_t num_lines;
+  const float* queries;    // (lines, padded_dim), scaled by scale * log2(e)
+  const SeenRange* sees;   // (lines)
+  Partial partial;         // overwritten
+};
+
+// Joins the partial results of a group of lines and one KV head.
+struct MergeTask {
+  std::size_t num_runs;
+  std::size_t num_lines;
+  std::size_t heads_per_kv;
+  std::size_t head_dim;
+  std::size_t padded_dim;
+  Partial first;            // of run 0; used as scratch
+  std::size_t run_stride;   // floats from one run's arrays to the next one's
+  FloatType type;
+  std::byte* out;           // of line 0
+  float* lse;               // of line 0
+  std::size_t num_heads;    // query heads: from a row to the next in out and lse
+};
+
+struct AttentionKernel {
+  AttentionInstructions instructions;
+  std::size_t block_lines;  // lines of a block, at most kMostBlockLines
+  void (*prepare)(const PrepareTask& task);
+  void (*attend)(const UnitTask& task);
+  void (*merge)(const MergeTask& task);
+};
+
+extern const AttentionKernel kPortableAttention;
+#if defined(__x86_64__)
+extern const AttentionKernel kAvx2Attention;    // needs AVX2, FMA and F16C
+extern const AttentionKernel kAvx512Attention;  // needs AVX-512F
+#endif
+
+constexpr std::size_t bytes_of(FloatType type) { return type == FloatType::float32 ? 4 : 2; }
+
+}  // namespace tiermem

@@ -1,0 +1,229 @@
+#include "tiermem/cpu_attention.h"
+
+#include <atomic>
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <numbers>
+#include <stdexcept>
+#include <string>
+
+#include "attention_kernel.h"
+#include "attention_plan.h"
+#include "tiermem/worker_team.h"
+
+namespace tiermem {
+namespace {
+
+const AttentionKernel* kernel_for(AttentionInstructions instructions) noexcept {
+  switch (instructions) {
+    case AttentionInstructions::automatic:
+      if (const auto* wide = kernel_for(AttentionInstructions::avx512)) return wide;
+      if (const auto* wide = kernel_for(AttentionInstructions::avx2)) return wide;
+      return &kPortableAttention;
+    case AttentionInstructions::portable:
+      return &kPortableAttention;
+#if defined(__x86_64__)
+    case AttentionInstructions::avx2: {
+      const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                       __builtin_cpu_supports("f16c");
+      return has ? &kAvx2Attention : nullptr;
+    }
+    case AttentionInstructions::avx512:
+      return __builtin_cpu_supports("avx512f") ? &kAvx512Attention : nullptr;
+#else
+    default:
+      return nullptr;
+#endif
+  }
+  return nullptr;
+}
+
+const AttentionKernel& require_kernel(AttentionInstructions instructions) {
+  const AttentionKernel* kernel = kernel_for(instructions);
+  if (kernel != nullptr) return *kernel;
+  throw std::invalid_argument("attention instructions " +
+                              std::to_string(static_cast<int>(instructions)) +
+                              " are not supported by this processor");
+}
+
+// Aligned memory for floats that keeps the largest size asked for.
+class Scratch {
+ public:
+  float* floats(std::size_t count) {
+    const std::size_t lines = (count + kMostLanes - 1) / kMostLanes;
+    if (lines_.size() < lines) {
+      lines_.clear();  // so that nothing is copied
+      lines_.resize(lines);
+    }
+    return lines_.empty() ? nullptr : lines_[0].floats;
+  }
+
+ private:
+  struct Line {
+    alignas(64) float floats[kMostLanes];
+  };
+  std::vector<Line> lines_;
+};
+
+// Counters that threads decrease, one for each pair of a group and a KV head.
+class Counters {
+ public:
+  std::atomic<std::size_t>& operator[](std::size_t i) { return counters_[i]; }
+  void make(std::size_t count) {
+    if (count <= size_) return;
+    counters_ = std::make_unique<std::atomic<std::size_t>[]>(count);
+    size_ = count;
+  }
+
+ private:
+  std::unique_ptr<std::atomic<std::size_t>[]> counters_;
+  std::size_t size_ = 0;
+};
+
+// Queries are prepared by the team from this many lines on; fewer take less time than waking threads.
+constexpr std::size_t kSharedLines = 1024;
+
+}  // namespace
+
+bool attention_instructions_supported(AttentionInstructions instructions) noexcept {
+  return kernel_for(instructions) != nullptr;
+}
+
+struct CpuAttention::State {
+  State(std::size_t num_threads, const std::vector<int>& cpus, const AttentionKernel& chosen)
+      : kernel(chosen), team(num_threads, cpus) {}
+
+  const AttentionKernel& kernel;
+  WorkerTeam team;
+
+  std::mutex one_call;  // guards what follows
+  AttentionPlan plan;
+  Scratch queries;   // groups, KV heads, lines, padded_dim
+  Scratch partials;  // see AttentionPlan::partial
+  Counters runs_left;
+};
+
+namespace {
+
+// One call of attend: what its units need.
+struct Call {
+  const AttentionKernel& kernel;
+  const AttentionPlan& plan;
+  const KvShape& shape;
+  const QueryRows& queries;
+  const AttentionResult& result;
+  float* prepared;
+  float* partials;
+  Counters& runs_left;
+
+  float* prepared_at(const RowGroup& group, std::size_t kv_head) const {
+    const std::size_t lines_before =
+        group.first_row * queries.num_heads + kv_head * plan.num_lines(group);
+    return prepared + lines_before * plan.padded_dim();
+  }
+
+  std::byte* out_at(std::size_t row, std::size_t head) const {
+    const std::size_t item = (row * queries.num_heads + head) * shape.head_dim;
+    return static_cast<std::byte*>(result.out) + item * bytes_of(result.type);
+  }
+
+  void prepare_group(const RowGroup& group) const {
+    const auto* data = static_cast<const std::byte*>(queries.data);
+    const auto item_bytes = static_cast<std::int64_t>(bytes_of(shape.type));
+    const std::size_t per_kv = plan.heads_per_kv();
+    for (std::size_t row = 0; row < group.num_rows; ++row) {
+      for (std::size_t head = 0; head < queries.num_heads; ++head) {
+        const std::int64_t item =
+            static_cast<std::int64_t>(group.first_row + row) * queries.row_stride +
+            static_cast<std::int64_t>(head) * queries.head_stride;
+        const std::size_t line = row * per_kv + head % per_kv;
+        float* prepared_line = prepared_at(group, head / per_kv) + line * plan.padded_dim();
+        kernel.prepare({shape.type, data + item * item_bytes, shape.head_dim,
+                        queries.scale * std::numbers::log2e, prepared_line});
+      }
+    }
+  }
+
+  // The thread that ends the last run of a group and KV head merges them all, in their order.
+  void attend_unit(std::size_t index) const {
+    const PlannedUnit unit = plan.units()[index];
+    const RowGroup& group = plan.groups()[unit.group];
+    const PageRun run = plan.runs()[group.first_run + unit.run];
+    kernel.attend({shape, plan.padded_dim(), unit.kv_head, &plan.pages()[run.first_page],
+                   run.end_page - run.first_page, plan.num_lines(group),
+                   prepared_at(group, unit.kv_head), &plan.sees()[group.first_sees],
+                   plan.partial(partials, group, unit.run, unit.kv_head)});
+    const std::size_t target = unit.group * shape.num_kv_heads + unit.kv_head;
+    if (runs_left[target].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(group, unit.kv_head);
+  }
+
+  void merge(const RowGroup& group, std::size_t kv_head) const {
+    const std::size_t head = kv_head * plan.heads_per_kv();
+    kernel.merge({group.num_runs, plan.num_lines(group), plan.heads_per_kv(), shape.head_dim,
+                  plan.padded_dim(), plan.partial(partials, group, 0, kv_head),
+                  shape.num_kv_heads * plan.partial_floats(group), result.type,
+                  out_at(group.first_row, head),
+                  result.lse + group.first_row * queries.num_heads + head, queries.num_heads});
+  }
+
+  // Groups without runs: no row sees anything.
+  void write_nothing_seen(const RowGroup& group) const {
+    const std::size_t heads = group.num_rows * queries.num_heads;
+    std::byte* out = out_at(group.first_row, 0);
+    std::fill_n(out, heads * shape.head_dim * bytes_of(result.type), std::byte{0});
+    std::fill_n(result.lse + group.first_row * queries.num_heads, heads, -INFINITY);
+  }
+};
+
+}  // namespace
+
+CpuAttention::CpuAttention(std::size_t num_threads, const std::vector<int>& cpus,
+                           AttentionInstructions instructions)
+    : state_(std::make_unique<State>(num_threads, cpus, require_kernel(instructions))) {}
+
+CpuAttention::CpuAttention(std::size_t num_threads, const AttentionKernel& kernel)
+    : state_(std::make_unique<State>(num_threads, std::vector<int>{}, kernel)) {}
+
+CpuAttention::~CpuAttention() = default;
+
+std::size_t CpuAttention::num_threads() const noexcept { return state_->team.num_threads(); }
+
+AttentionInstructions CpuAttention::instructions() const noexcept {
+  return state_->kernel.instructions;
+}
+
+void CpuAttention::attend(const KvShape& shape, const PageTables& tables, const QueryRows& queries,
+                          const AttentionResult& result) {
+  State& state = *state_;
+  const std::lock_guard alone(state.one_call);
+  AttentionPlan& plan = state.plan;
+  plan.make(shape, tables, queries, state.kernel.block_lines);
+  const auto num_rows = static_cast<std::size_t>(tables.row_starts.back());
+  const std::size_t num_lines = num_rows * queries.num_heads;
+  const Call call{state.kernel,
+                  plan,
+                  shape,
+                  queries,
+                  result,
+                  state.queries.floats(num_lines * plan.padded_dim()),
+                  state.partials.floats(plan.scratch_floats()),
+                  state.runs_left};
+  state.runs_left.make(plan.groups().size() * shape.num_kv_heads);
+  for (std::size_t i = 0; i < plan.groups().size(); ++i) {
+    const RowGroup& group = plan.groups()[i];
+    if (group.num_runs == 0) call.write_nothing_seen(group);
+    for (std::size_t head = 0; head < shape.num_kv_heads; ++head) {
+      state.runs_left[i * shape.num_kv_heads + head].store(group.num_runs);
+    }
+  }
+  const auto prepare = [&](std::size_t i) { call.prepare_group(plan.groups()[i]); };
+  if (num_lines >= kSharedLines) {
+    state.team.run(plan.groups().size(), prepare);
+  } else {
+    for (std::size_t i = 0; i < plan.groups().size(); ++i) prepare(i);
+  }
+  state.team.run(plan.units().size(), [&](std::size_t i) { call.attend_unit(i); });
+}
+
+}  // namespace tiermem
