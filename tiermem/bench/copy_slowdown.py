@@ -7,26 +7,28 @@ from itertools import product
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tiermem.bench.result import Better, Parameters, Result, Subject, measured, not_measured
 from tiermem.bench.run import Run, Scale
 from tiermem.device.protocol import Addresses, Direction, Memory, Stream
+from tiermem.errors import InvariantError
 from tiermem.measure.timing import time_device, torch_stream
 
 PIECES = (256 << 10, 16 << 10)
 """Bytes: pieces that the driver copies, and pieces so small that a kernel does."""
 SIDE = 8192
 BUDGET_PERCENT = 3.0
-WARMUPS = 8
-"""Runs until the clock has settled."""
 NO_CEILING = "a slow-down has no ceiling; see the budget"
 WAYS: dict[str, tuple[Direction, ...]] = {
     "h2d": (Direction.HOST_TO_DEVICE,),
     "d2h": (Direction.DEVICE_TO_HOST,),
     "both": (Direction.HOST_TO_DEVICE, Direction.DEVICE_TO_HOST),
 }
-SHARE_OF_COPY = 0.6
-"""Products last this share of the copies beside them, so that all of them run beside copies."""
+WARMUP_PRODUCTS = 300
+"""Half a second: until the GPU's clock has settled at its power limit."""
+PAUSE_PRODUCTS = 8
+"""Not counted before and after copies begin and end: the clock takes a while to follow."""
 
 
 def measure_slow_down(bench: Run, hot: Memory, host: Memory) -> Iterator[Result]:
@@ -50,7 +52,11 @@ def measure_slow_down(bench: Run, hot: Memory, host: Memory) -> Iterator[Result]
 
 
 class _Beside:
-    """Matrix products on torch's stream, alone and beside copies on streams of their own."""
+    """A stream of matrix products without a gap, and copies on streams of their own beside a part of it.
+
+    Products of random numbers run at the GPU's power limit, where the clock depends on what ran before: only
+    in one stream without a gap are those beside copies and those before and after them alike.
+    """
 
     def __init__(
         self, bench: Run, hot: Memory, host: Memory, ways: Sequence[Direction], piece: int
@@ -59,57 +65,81 @@ class _Beside:
         self._piece = piece
         self._repeats = bench.repeats
         on = bench.device.torch_device
-        # Products of random numbers run at the GPU's power limit, where its clock changes by 10% from
-        # one run to the next; those of equal ones do not.
         self._a, self._b, self._out = (
-            torch.ones(SIDE, SIDE, dtype=torch.float16, device=on) for _ in range(3)
+            torch.randn(SIDE, SIDE, dtype=torch.float16, device=on) for _ in range(3)
         )
         self._streams: list[Stream] = [bench.device.new_stream() for _ in ways]
         self._batches = [
             (way, *_ends(way, hot, host, piece, i, len(ways))) for i, way in enumerate(ways)
         ]
         copying = time_device(self._device, self._copy, 3, streams=self._streams)
-        self._count = 1
         multiplying = time_device(self._device, self._multiply, 5, warmups=3)
-        quick = bench.scale is Scale.QUICK
-        share = SHARE_OF_COPY / (2 if quick else 1)
-        self._count = max(1, int(share * copying.median_s / multiplying.median_s))
+        self._count = PAUSE_PRODUCTS + max(8, int(copying.median_s / multiplying.median_s))
+        self._warmups = 0 if bench.scale is Scale.QUICK else WARMUP_PRODUCTS
 
     def slow_downs(self) -> list[float]:
-        """Percent by which the products took longer beside copies than in the runs alone before and after."""
-        for _ in range(WARMUPS):
-            self._alone()
-        alone_s, slow_downs = self._alone(), []
-        for _ in range(self._repeats):
-            beside_s, after_s = self._beside(), self._alone()
-            slow_downs.append(100 * (2 * beside_s / (alone_s + after_s) - 1))
-            alone_s = after_s
-        return slow_downs
+        """Percent by which products beside copies took longer than those before and after them."""
+        for _ in range(self._warmups):
+            self._multiply()
+        return [self._slow_down() for _ in range(self._repeats)]
 
-    def _alone(self) -> float:
-        return time_device(self._device, self._multiply, 1, warmups=0).median_s
-
-    def _beside(self) -> float:
-        """Seconds of the products; copies start with the first of them and outlast the last."""
-        products = self._device.compute_stream()
-        clock = torch_stream(self._device, products)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # The products first: giving the device a large batch of copies may take the host a while.
-        start.record(clock)
-        self._multiply()
-        end.record(clock)
+    def _slow_down(self) -> float:
+        products = torch_stream(self._device, self._device.compute_stream())
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(4 * self._count + 1)]
+        ends[0].record(products)
+        for end in ends[1:]:
+            self._multiply()
+            end.record(products)
+        ends[self._count].synchronize()
+        copies = [
+            tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in self._streams
+        ]
+        clocks = [torch_stream(self._device, stream) for stream in self._streams]
+        for (start, _), clock in zip(copies, clocks, strict=True):
+            start.record(clock)
         self._copy()
-        for stream in (products, *self._streams):
+        for (_, end), clock in zip(copies, clocks, strict=True):
+            end.record(clock)
+        for stream in (self._device.compute_stream(), *self._streams):
             stream.synchronize()
-        return float(start.elapsed_time(end)) / 1000
+        times = np.array([ends[0].elapsed_time(end) for end in ends])
+        begin = [ends[0].elapsed_time(start) for start, _ in copies]
+        done = [ends[0].elapsed_time(end) for _, end in copies]
+        return slow_down_percent(times, (min(begin), max(begin)), (min(done), max(done)))
 
     def _copy(self) -> None:
         for (way, dst, src), stream in zip(self._batches, self._streams, strict=True):
             self._device.copy(way, dst, src, self._piece, stream)
 
     def _multiply(self) -> None:
-        for _ in range(self._count):
-            torch.matmul(self._a, self._b, out=self._out)
+        torch.matmul(self._a, self._b, out=self._out)
+
+
+def slow_down_percent(
+    times: NDArray[np.float64], begin: tuple[float, float], done: tuple[float, float]
+) -> float:
+    """Percent by which products while all copies run took longer than those while none does.
+
+    Parameters
+    ----------
+    times: when the first product began, and when each ended.
+    begin, done: when the first and the last of the copies began, and ended.
+
+    Raises
+    ------
+    InvariantError: no product ran beside the copies, or none without.
+    """
+    starts, ends = times[:-1], times[1:]
+    beside = np.flatnonzero((starts >= begin[1]) & (ends <= done[0]))[PAUSE_PRODUCTS:]
+    before = np.flatnonzero(ends <= begin[0])
+    after = np.flatnonzero(starts >= done[1])[PAUSE_PRODUCTS:]
+    alone = np.concatenate([before, after])
+    if len(beside) == 0 or len(alone) == 0:
+        raise InvariantError(
+            f"copy: of {len(starts)} matrix products {len(beside)} ran beside the copies, {len(alone)} alone"
+        )
+    took = ends - starts
+    return float(100 * (took[beside].mean() / took[alone].mean() - 1))
 
 
 def _ends(
