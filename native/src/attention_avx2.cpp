@@ -1,6 +1,6 @@
 // The attention kernel for AVX2 with FMA and F16C. Compiled for them: see attention_vectors.h.
 #if defined(__x86_64__)
-#include "attention_vectors.h"
+#include "attention_instructions.h"
 
 namespace tiermem {
 namespace {

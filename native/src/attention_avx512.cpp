@@ -1,6 +1,6 @@
 // The attention kernel for AVX-512F. Compiled for it: see attention_vectors.h.
 #if defined(__x86_64__)
-#include "attention_vectors.h"
+#include "attention_instructions.h"
 
 namespace tiermem {
 namespace {

@@ -50,13 +50,16 @@ struct LineBlocks {
   constexpr std::size_t start(std::size_t block) const { return num_lines * block / num_blocks; }
 };
 
-// One row of queries of one head, to scaled float32.
+// One row of queries of one head, to scaled float32: a line of a block.
 struct PrepareTask {
   FloatType type;
   const void* query;  // head_dim items
   std::size_t head_dim;
+  std::size_t padded_dim;
   double factor;
-  float* prepared;  // padded_dim, filled up with 0
+  float* block;            // (padded_dim / lanes, lines, lanes) of the block; filled up with 0
+  std::size_t num_lines;   // of the block
+  std::size_t line;        // of the block
 };
 
 struct UnitTask {
@@ -66,7 +69,7 @@ struct UnitTask {
   const SeenPage* pages;
   std::size_t num_pages;
   std::size_t num_lines;
-  const float* queries;    // (lines, padded_dim), scaled by scale * log2(e)
+  const float* queries;    // of each block after the other, as PrepareTask left them
   const SeenRange* sees;   // (lines)
   Partial partial;         // overwritten
 };

@@ -1,5 +1,5 @@
 // The attention kernel without special instructions: four lanes, which every 64-bit processor has.
-#include "attention_vectors.h"
+#include "attention_instructions.h"
 
 namespace tiermem {
 namespace {

@@ -129,20 +129,31 @@ struct Call {
   }
 
   void prepare_group(const RowGroup& group) const {
-    const auto* data = static_cast<const std::byte*>(queries.data);
-    const auto item_bytes = static_cast<std::int64_t>(bytes_of(shape.type));
-    const std::size_t per_kv = plan.heads_per_kv();
-    for (std::size_t row = 0; row < group.num_rows; ++row) {
-      for (std::size_t head = 0; head < queries.num_heads; ++head) {
-        const std::int64_t item =
-            static_cast<std::int64_t>(group.first_row + row) * queries.row_stride +
-            static_cast<std::int64_t>(head) * queries.head_stride;
-        const std::size_t line = row * per_kv + head % per_kv;
-        float* prepared_line = prepared_at(group, head / per_kv) + line * plan.padded_dim();
-        kernel.prepare({shape.type, data + item * item_bytes, shape.head_dim,
-                        queries.scale * std::numbers::log2e, prepared_line});
+    const LineBlocks blocks(plan.num_lines(group), kernel.block_lines);
+    for (std::size_t kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {
+      for (std::size_t block = 0; block < blocks.num_blocks; ++block) {
+        prepare_block(group, kv_head, blocks.start(block), blocks.start(block + 1));
       }
     }
+  }
+
+  void prepare_block(const RowGroup& group, std::size_t kv_head, std::size_t start,
+                     std::size_t end) const {
+    const std::size_t per_kv = plan.heads_per_kv();
+    float* block = prepared_at(group, kv_head) + start * plan.padded_dim();
+    for (std::size_t line = start; line < end; ++line) {
+      const std::byte* query = query_at(group.first_row + line / per_kv,
+                                        kv_head * per_kv + line % per_kv);
+      kernel.prepare({shape.type, query, shape.head_dim, plan.padded_dim(),
+                      queries.scale * std::numbers::log2e, block, end - start, line - start});
+    }
+  }
+
+  const std::byte* query_at(std::size_t row, std::size_t head) const {
+    const std::int64_t item = static_cast<std::int64_t>(row) * queries.row_stride +
+                              static_cast<std::int64_t>(head) * queries.head_stride;
+    const auto item_bytes = static_cast<std::int64_t>(bytes_of(shape.type));
+    return static_cast<const std::byte*>(queries.data) + item * item_bytes;
   }
 
   // The thread that ends the last run of a group and KV head merges them all, in their order.

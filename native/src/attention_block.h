@@ -1,0 +1,316 @@
+// One unit: for each 64 tokens of its run, and for each block of up to 8 query lines,
+//   scores   z[token][line] = q . k in base 2, a tile of as many tokens and lines as a vector has lanes;
+//            their sums over head_dim are formed side by side and turned into lanes at the end
+//   softmax  the running maximum is moved only when it is exceeded by 8 (256-fold), so that sums
+//            seldom have to be rescaled (after Dao et al. 2022, arXiv:2205.14135)
+//   sums     += 2^(z - peak) * v, 16 tokens at a time: 4 KiB of V, read in order
+#pragma once
+
+#include "attention_feed.h"
+#include "attention_vectors.h"
+
+namespace tiermem {
+namespace {
+
+constexpr int kSumTokens = 16;         // that are summed before the accumulators are stored
+constexpr float kRescaleAbove = 8.0F;  // in base 2
+
+constexpr int power_of_two_from(int n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+constexpr int power_of_two_up_to(int n) {
+  int power = 1;
+  while (2 * power <= n) power *= 2;
+  return power;
+}
+
+// A block of lines and its running softmax.
+struct BlockTask {
+  const float* queries;    // (padded_dim / lanes, lines, lanes)
+  const SeenRange* sees;   // (lines)
+  float* weighted;         // (lines, padded_dim)
+  float* peak;             // (kMostLanes): per lane, the same for all lanes of a line
+  float* total;            // (kMostLanes): per lane; a line's is the sum over its lanes
+  int head_dim;
+  int padded_dim;
+  bool fetches;  // whether it prefetches: the first of the blocks that go through the same tokens
+};
+
+// kLines lines at once. A token takes kPeriod lanes of the scores, one a line and unused ones.
+template <class Isa, class Item, int kLines>
+struct Block {
+  using Vec = typename Isa::Vec;
+  static constexpr int kLanes = Isa::kLanes;
+  static constexpr int kPeriod = power_of_two_from(kLines);
+  static constexpr int kTile = kLanes / kPeriod;
+  static constexpr int kWidth = power_of_two_up_to(Isa::kSums / kLines > 8 ? 8 : Isa::kSums / kLines);
+
+  static constexpr int kLineItems = kLineBytes / static_cast<int>(sizeof(Item));
+  static_assert(kLineItems % kLanes == 0);
+
+  static constexpr bool begins_line(int item) {
+    return item % kLineItems == 0;
+  }
+
+  static const Item* items(const std::byte* row) { return reinterpret_cast<const Item*>(row); }
+
+  static void fold(const TokenFeed& feed, const BlockTask& task) {
+    alignas(64) float scores[kTokens * kPeriod];
+    score(feed, task, scores);
+    mask(feed, task, scores);
+    soften(feed.count(), task, scores);
+    for (int t = 0; t < feed.count(); t += kSumTokens) {
+      const int end = t + kSumTokens < feed.count() ? t + kSumTokens : feed.count();
+      const int d = sum_columns<kWidth>(feed, task, scores, t, end, 0);
+      if (d < task.head_dim) sum<1, true>(feed, task, scores, t, end, d);
+    }
+  }
+
+  static void score(const TokenFeed& feed, const BlockTask& task, float* scores) {
+    for (int t = 0; t < feed.count(); t += kTile) {
+      Vec sums[kLanes];
+      TIERMEM_UNROLL
+      for (int i = 0; i < kLanes; ++i) sums[i] = Isa::all(0.0F);
+      int d = 0;
+      for (; d + kLineItems <= task.head_dim; d += kLineItems) {
+        if (task.fetches) {
+          TIERMEM_UNROLL
+          for (int i = 0; i < kTile; ++i) fetch(items(feed.ahead_of_key(t + i)) + d);
+        }
+        TIERMEM_UNROLL
+        for (int part = 0; part < kLineItems; part += kLanes) {
+          multiply<false>(feed.keys() + t, task, d + part, sums);
+        }
+      }
+      for (; d + kLanes <= task.head_dim; d += kLanes) {
+        multiply<false>(feed.keys() + t, task, d, sums);
+      }
+      if (d < task.head_dim) multiply<true>(feed.keys() + t, task, d, sums);
+      Isa::store(scores + t * kPeriod, Isa::sums(sums));
+    }
+  }
+
+  template <bool kPart>
+  static void multiply(const std::byte* const* rows, const BlockTask& task, int d, Vec* sums) {
+    const float* queries = task.queries + d * kLines;
+    TIERMEM_UNROLL
+    for (int i = 0; i < kTile; ++i) {
+      const Item* from = items(rows[i]) + d;
+      Vec k;
+      if constexpr (kPart) {
+        k = load_some<Isa>(from, task.head_dim - d);
+      } else {
+        k = Isa::load(from);
+      }
+      TIERMEM_UNROLL
+      for (int g = 0; g < kLines; ++g) {
+        const Vec q = Isa::load(queries + g * kLanes);
+        sums[i * kPeriod + g] = Isa::multiply_add(k, q, sums[i * kPeriod + g]);
+      }
+    }
+  }
+
+  // Sets what a line does not see, and what lies beyond the last token, to -infinity.
+  static void mask(const TokenFeed& feed, const BlockTask& task, float* scores) {
+    const int count = feed.count();
+    for (int i = count * kPeriod; i % kLanes != 0; ++i) scores[i] = -kInfinity;
+    for (int g = 0; g < kLines; ++g) {
+      const SeenRange seen = task.sees[g];
+      if (seen.start <= feed.lowest() && feed.highest() < seen.end) continue;
+      for (int t = 0; t < count; ++t) {
+        const std::int64_t position = feed.positions()[t];
+        if (position < seen.start || position >= seen.end) scores[t * kPeriod + g] = -kInfinity;
+      }
+    }
+  }
+
+  // Turns scores into weights 2^(score - peak) and adds them to the totals.
+  static void soften(int count, const BlockTask& task, float* scores) {
+    const int end = count * kPeriod;
+    Vec top = Isa::all(-kInfinity);
+    for (int i = 0; i < end; i += kLanes) top = Isa::max(top, Isa::load(scores + i));
+    top = Isa::template max_of_lines<kPeriod>(top);
+    Vec peak = Isa::load(task.peak);
+    Vec total = Isa::load(task.total);
+    if (Isa::any_above(top, Isa::add(peak, Isa::all(kRescaleAbove)))) {
+      const Vec old = peak;
+      peak = Isa::max(old, top);
+      const Vec factors = exp2_by_parts<Isa>(Isa::subtract(old, peak));
+      total = Isa::multiply(total, factors);
+      Isa::store(task.peak, peak);
+      rescale(task, factors);
+    }
+    for (int i = 0; i < end; i += kLanes) {
+      const Vec weights = exp2_by_parts<Isa>(Isa::subtract(Isa::load(scores + i), peak));
+      total = Isa::add(total, weights);
+      Isa::store(scores + i, weights);
+    }
+    Isa::store(task.total, total);
+  }
+
+  static void rescale(const BlockTask& task, Vec factors) {
+    alignas(64) float factor[kLanes];
+    Isa::store(factor, factors);
+    for (int g = 0; g < kLines; ++g) {
+      float* row = task.weighted + g * task.padded_dim;
+      for (int d = 0; d < task.padded_dim; d += kLanes) {
+        Isa::store(row + d, Isa::multiply(Isa::load(row + d), Isa::all(factor[g])));
+      }
+    }
+  }
+
+  // Columns from d on, as wide as fits, then narrower; returns the first one left: no whole vector.
+  template <int kVectors>
+  static int sum_columns(const TokenFeed& feed, const BlockTask& task, const float* weights,
+                         int start, int end, int d) {
+    for (; d + kVectors * kLanes <= task.head_dim; d += kVectors * kLanes) {
+      sum<kVectors, false>(feed, task, weights, start, end, d);
+    }
+    if constexpr (kVectors > 1) {
+      d = sum_columns<kVectors / 2>(feed, task, weights, start, end, d);
+    }
+    return d;
+  }
+
+  // Adds weight * V of tokens [start, end) to kVectors vectors of every line, from column d on.
+  template <int kVectors, bool kPart>
+  static void sum(const TokenFeed& feed, const BlockTask& task, const float* weights, int start,
+                  int end, int d) {
+    Vec sums[kLines * kVectors];
+    TIERMEM_UNROLL
+    for (int g = 0; g < kLines; ++g) {
+      TIERMEM_UNROLL
+      for (int w = 0; w < kVectors; ++w) {
+        sums[g * kVectors + w] = Isa::load(task.weighted + g * task.padded_dim + d + w * kLanes);
+      }
+    }
+    for (int t = start; t < end; ++t) {
+      const Item* from = items(feed.values()[t]) + d;
+      if (task.fetches) fetch_columns<kVectors>(items(feed.ahead_of_value(t)), d);
+      Vec v[kVectors];
+      TIERMEM_UNROLL
+      for (int w = 0; w < kVectors; ++w) {
+        if constexpr (kPart) {
+          v[w] = load_some<Isa>(from, task.head_dim - d);
+        } else {
+          v[w] = Isa::load(from + w * kLanes);
+        }
+      }
+      TIERMEM_UNROLL
+      for (int g = 0; g < kLines; ++g) {
+        const Vec weight = Isa::all(weights[t * kPeriod + g]);
+        TIERMEM_UNROLL
+        for (int w = 0; w < kVectors; ++w) {
+          sums[g * kVectors + w] = Isa::multiply_add(v[w], weight, sums[g * kVectors + w]);
+        }
+      }
+    }
+    TIERMEM_UNROLL
+    for (int g = 0; g < kLines; ++g) {
+      TIERMEM_UNROLL
+      for (int w = 0; w < kVectors; ++w) {
+        Isa::store(task.weighted + g * task.padded_dim + d + w * kLanes, sums[g * kVectors + w]);
+      }
+    }
+  }
+
+  template <int kVectors>
+  static void fetch_columns(const Item* row, int d) {
+    TIERMEM_UNROLL
+    for (int w = 0; w < kVectors; ++w) {
+      if (begins_line(d + w * kLanes)) fetch(row + d + w * kLanes);
+    }
+  }
+
+  // Leaves each line's total in its lane, when all tokens are in.
+  static void close(const BlockTask& task) {
+    for (int i = kPeriod; i < kLanes; ++i) task.total[i % kPeriod] += task.total[i];
+  }
+};
+
+// Block's functions for 1 to Isa::kBlockLines lines.
+template <class Isa, class Item>
+struct Blocks {
+  struct Functions {
+    void (*fold)(const TokenFeed&, const BlockTask&);
+    void (*close)(const BlockTask&);
+  };
+
+  template <int kLines>
+  static constexpr Functions functions() {
+    if constexpr (kLines > Isa::kBlockLines) {
+      return {nullptr, nullptr};
+    } else {
+      return {&Block<Isa, Item, kLines>::fold, &Block<Isa, Item, kLines>::close};
+    }
+  }
+
+  static constexpr Functions kOfLines[kMostBlockLines + 1] = {
+      {nullptr, nullptr}, functions<1>(), functions<2>(), functions<3>(), functions<4>(),
+      functions<5>(),     functions<6>(), functions<7>(), functions<8>()};
+
+  static BlockTask block_task(const UnitTask& task, const LineBlocks& blocks, std::size_t block) {
+    const std::size_t line = blocks.start(block);
+    return {task.queries + line * task.padded_dim,
+            task.sees + line,
+            task.partial.weighted + line * task.padded_dim,
+            task.partial.peak + block * kMostLanes,
+            task.partial.total + block * kMostLanes,
+            static_cast<int>(task.shape.head_dim),
+            static_cast<int>(task.padded_dim),
+            false};
+  }
+
+  static bool sees_any(const TokenFeed& feed, const SeenRange* sees, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+      if (sees[i].start <= feed.highest() && feed.lowest() < sees[i].end) return true;
+    }
+    return false;
+  }
+
+  static void clear(const UnitTask& task, const LineBlocks& blocks) {
+    std::memset(task.partial.weighted, 0, task.num_lines * task.padded_dim * sizeof(float));
+    for (std::size_t i = 0; i < blocks.num_blocks * kMostLanes; ++i) {
+      task.partial.peak[i] = kLowest;
+      task.partial.total[i] = 0.0F;
+    }
+  }
+
+  static void attend(const UnitTask& task) {
+    const LineBlocks blocks(task.num_lines, Isa::kBlockLines);
+    clear(task, blocks);
+    for (TokenFeed feed(task); feed.count() > 0; feed.next()) {
+      bool fetches = true;
+      for (std::size_t i = 0; i < blocks.num_blocks; ++i) {
+        BlockTask block = block_task(task, blocks, i);
+        const std::size_t lines = blocks.start(i + 1) - blocks.start(i);
+        if (!sees_any(feed, block.sees, lines)) continue;
+        block.fetches = fetches;
+        fetches = false;
+        kOfLines[lines].fold(feed, block);
+      }
+    }
+    for (std::size_t i = 0; i < blocks.num_blocks; ++i) {
+      kOfLines[blocks.start(i + 1) - blocks.start(i)].close(block_task(task, blocks, i));
+    }
+  }
+};
+
+template <class Isa>
+void attend_unit(const UnitTask& task) {
+  const FlushDenormals flush;
+  switch (task.shape.type) {
+    case FloatType::float16:
+      return Blocks<Isa, Half>::attend(task);
+    case FloatType::bfloat16:
+      return Blocks<Isa, Bfloat>::attend(task);
+    case FloatType::float32:
+      return Blocks<Isa, float>::attend(task);
+  }
+}
+
+}  // namespace
+}  // namespace tiermem
