@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <sched.h>
 #endif
+#include <unistd.h>
 
 namespace tiermem {
 namespace {
@@ -53,7 +54,8 @@ struct WorkerTeam::Job {
   std::exception_ptr error;
 };
 
-WorkerTeam::WorkerTeam(std::size_t num_threads, const std::vector<int>& cpus) {
+WorkerTeam::WorkerTeam(std::size_t num_threads, const std::vector<int>& cpus)
+    : process_(::getpid()) {
   if (num_threads == 0) throw std::invalid_argument("num_threads=0: must be at least 1");
   if (!cpus.empty() && cpus.size() != num_threads - 1) {
     throw std::invalid_argument(std::to_string(cpus.size()) + " cpus: must be " +
@@ -79,7 +81,14 @@ void WorkerTeam::stop() noexcept {
   must_exit_.store(true);
   calls_.fetch_add(1);
   calls_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
+  for (std::thread& worker : workers_) {
+    // A forked child has the objects but not the threads: they would never end.
+    if (::getpid() == process_) {
+      worker.join();
+    } else {
+      worker.detach();
+    }
+  }
 }
 
 void WorkerTeam::run(std::size_t num_units, const Unit& unit) {

@@ -1,6 +1,8 @@
 #include "tiermem/worker_team.h"
 
 #include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <memory>
@@ -128,6 +130,22 @@ void workers_are_bound_to_their_cpus() {
   CHECK(found.load() == 1);
 }
 
+// A child has none of the threads: its caller does all units, and the team ends without them.
+void a_forked_child_works_alone() {
+  auto team = std::make_unique<WorkerTeam>(3);
+  team->run(10, [](std::size_t) {});
+  const pid_t child = fork();
+  if (child == 0) {
+    std::size_t done = 0;
+    team->run(10, [&](std::size_t) { ++done; });
+    team.reset();
+    _exit(done == 10 ? 0 : 1);
+  }
+  int status = -1;
+  CHECK(waitpid(child, &status, 0) == child && status == 0);
+  team->run(10, [](std::size_t) {});
+}
+
 void wrong_arguments() {
   CHECK_THROWS(std::invalid_argument, WorkerTeam(0));
   CHECK_THROWS(std::invalid_argument, WorkerTeam(3, {0}));
@@ -145,6 +163,7 @@ int main() {
   a_worker_that_throws();
   several_callers();
   workers_are_bound_to_their_cpus();
+  a_forked_child_works_alone();
   wrong_arguments();
   return tiermem_test::report("worker_team");
 }

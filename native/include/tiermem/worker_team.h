@@ -47,6 +47,7 @@ class WorkerTeam {
   void publish(Job& job);
   void retire();
 
+  const int process_;   // that the threads belong to
   std::mutex one_job_;  // held by run()
 
   // Workers sleep until this changes; it counts jobs, and the order to exit.
