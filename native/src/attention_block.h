@@ -27,7 +27,7 @@ constexpr int power_of_two_up_to(int n) {
   return power;
 }
 
-// A block of lines and its running softmax.
+// A block of lines and its running softmax. Passed by value: vector stores may alias anything in memory.
 struct BlockTask {
   const float* queries;    // (padded_dim / lanes, lines, lanes)
   const SeenRange* sees;   // (lines)
@@ -57,7 +57,7 @@ struct Block {
 
   static const Item* items(const std::byte* row) { return reinterpret_cast<const Item*>(row); }
 
-  static void fold(const TokenFeed& feed, const BlockTask& task) {
+  static void fold(const TokenFeed& feed, BlockTask task) {
     alignas(64) float scores[kTokens * kPeriod];
     score(feed, task, scores);
     mask(feed, task, scores);
@@ -69,7 +69,7 @@ struct Block {
     }
   }
 
-  static void score(const TokenFeed& feed, const BlockTask& task, float* scores) {
+  static void score(const TokenFeed& feed, BlockTask task, float* scores) {
     for (int t = 0; t < feed.count(); t += kTile) {
       Vec sums[kLanes];
       TIERMEM_UNROLL
@@ -94,7 +94,7 @@ struct Block {
   }
 
   template <bool kPart>
-  static void multiply(const std::byte* const* rows, const BlockTask& task, int d, Vec* sums) {
+  static void multiply(const std::byte* const* rows, BlockTask task, int d, Vec* sums) {
     const float* queries = task.queries + d * kLines;
     TIERMEM_UNROLL
     for (int i = 0; i < kTile; ++i) {
@@ -114,7 +114,7 @@ struct Block {
   }
 
   // Sets what a line does not see, and what lies beyond the last token, to -infinity.
-  static void mask(const TokenFeed& feed, const BlockTask& task, float* scores) {
+  static void mask(const TokenFeed& feed, BlockTask task, float* scores) {
     const int count = feed.count();
     for (int i = count * kPeriod; i % kLanes != 0; ++i) scores[i] = -kInfinity;
     for (int g = 0; g < kLines; ++g) {
@@ -128,7 +128,7 @@ struct Block {
   }
 
   // Turns scores into weights 2^(score - peak) and adds them to the totals.
-  static void soften(int count, const BlockTask& task, float* scores) {
+  static void soften(int count, BlockTask task, float* scores) {
     const int end = count * kPeriod;
     Vec top = Isa::all(-kInfinity);
     for (int i = 0; i < end; i += kLanes) top = Isa::max(top, Isa::load(scores + i));
@@ -151,7 +151,7 @@ struct Block {
     Isa::store(task.total, total);
   }
 
-  static void rescale(const BlockTask& task, Vec factors) {
+  static void rescale(BlockTask task, Vec factors) {
     alignas(64) float factor[kLanes];
     Isa::store(factor, factors);
     for (int g = 0; g < kLines; ++g) {
@@ -164,7 +164,7 @@ struct Block {
 
   // Columns from d on, as wide as fits, then narrower; returns the first one left: no whole vector.
   template <int kVectors>
-  static int sum_columns(const TokenFeed& feed, const BlockTask& task, const float* weights,
+  static int sum_columns(const TokenFeed& feed, BlockTask task, const float* weights,
                          int start, int end, int d) {
     for (; d + kVectors * kLanes <= task.head_dim; d += kVectors * kLanes) {
       sum<kVectors, false>(feed, task, weights, start, end, d);
@@ -177,7 +177,7 @@ struct Block {
 
   // Adds weight * V of tokens [start, end) to kVectors vectors of every line, from column d on.
   template <int kVectors, bool kPart>
-  static void sum(const TokenFeed& feed, const BlockTask& task, const float* weights, int start,
+  static void sum(const TokenFeed& feed, BlockTask task, const float* weights, int start,
                   int end, int d) {
     Vec sums[kLines * kVectors];
     TIERMEM_UNROLL
@@ -226,7 +226,7 @@ struct Block {
   }
 
   // Leaves each line's total in its lane, when all tokens are in.
-  static void close(const BlockTask& task) {
+  static void close(BlockTask task) {
     for (int i = kPeriod; i < kLanes; ++i) task.total[i % kPeriod] += task.total[i];
   }
 };
@@ -235,8 +235,8 @@ struct Block {
 template <class Isa, class Item>
 struct Blocks {
   struct Functions {
-    void (*fold)(const TokenFeed&, const BlockTask&);
-    void (*close)(const BlockTask&);
+    void (*fold)(const TokenFeed&, BlockTask);
+    void (*close)(BlockTask);
   };
 
   template <int kLines>
