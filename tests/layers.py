@@ -53,6 +53,7 @@ LAYERS = {
         "tiermem.resident",
         "tiermem.plan",
         "tiermem.planner",
+        "tiermem.ram_attention",
         "tiermem.room",
         "tiermem.sequence",
         "tiermem.step",

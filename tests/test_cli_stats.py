@@ -70,6 +70,7 @@ def example_stats(**changes: object) -> Stats:
         "staging_device_bytes": 1 << 20, "staging_host_bytes": 2 << 20,
         "device_used_bytes": 5 << 30, "device_total_bytes": 141 << 30, "rss_bytes": 7 << 30,
         "ssd_path": "/data/store", "ssd_disk_bytes": 9 << 30, "ssd_io": "io_uring, direct",
+        "attended_bytes": 6 << 30, "attended_s": 0.1,
     }  # fmt: skip
     return Stats(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -215,7 +216,7 @@ def test_the_text_tells_every_figure() -> None:
         "GPU to RAM", "3.0 GiB", "45.7 GB/s", "5.0 MiB", "2 open, 12,288 tokens",
         "12,345 done, 3 pieces of work in flight", "99 pages", "875 of 1,000", "87.5%",
         "5.0 GiB of 141.0 GiB", "7.0 GiB resident (RSS)", "9.0 GiB on disk at /data/store",
-        "io_uring, direct", "chat", "8,192", "128",
+        "io_uring, direct", "chat", "8,192", "128", "6.0 GiB by the CPU", "64.4 GB/s",
     ):  # fmt: skip
         assert words in text, words
     assert "trouble" not in text
@@ -229,7 +230,7 @@ def test_trouble_and_tiers_that_are_off_are_told() -> None:
     text = "\n".join(manager_lines(snapshot(stats), None, None))
     assert "2 failed transfers, 1 damaged pages" in text
     assert "SSD        off" in text
-    assert "SSD            off" in text
+    assert "SSD              off" in text
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 120])

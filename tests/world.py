@@ -105,6 +105,7 @@ class World:
             staging_pages=self.random.choice([1, 4, 8]),
             low_watermark=0.2,
             high_watermark=0.4,
+            cpu_share=self.random.choice([None, 0.0, 0.4, 1.0]),
         )
         self.manager = TierManager(LAYOUT, config, model_id="world", device=self.device)
         self.core = self.manager._core

@@ -13,10 +13,12 @@ import psutil
 
 from tiermem import _core
 from tiermem.attention.backend import AttentionBackend, backend_for
+from tiermem.attention.cpus import usable_cpus
+from tiermem.attention.host import HostBackend
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, ProductMath
 from tiermem.config import AttentionMath, TierConfig
 from tiermem.core import Core
-from tiermem.device.protocol import Device, Memory, Progress
+from tiermem.device.protocol import Device, DeviceKind, Memory, Progress
 from tiermem.disk_rates import DiskOptions
 from tiermem.errors import ConfigError
 from tiermem.inflight import InFlight
@@ -24,6 +26,7 @@ from tiermem.layout import PageLayout
 from tiermem.lease import Leases
 from tiermem.pools import SlotPool, Tier
 from tiermem.prefix import Prefixes
+from tiermem.ram_attention import MOST_ROWS, RamAttention, RamPolicy
 from tiermem.room import Room, Watermarks
 from tiermem.store import ColdStore
 from tiermem.streaming import NUM_HALVES, Ring
@@ -55,6 +58,7 @@ def build_core(
     ------
     ConfigError: an explicit size does not fit, or no page does; everything allocated here is given back.
     """
+    _check_threads(config.cpu_threads)
     backend = _backend(layout, config, device)
     with contextlib.ExitStack() as undo:
         ring_pages = _ring_pages(layout, config)
@@ -91,10 +95,23 @@ def build_core(
         hot_pool.num_slots,
     )
     marks = {tier: _watermarks(config, count) for tier, count in slots.items()}
+    ram = _ram_attention(layout, config, device, warm_pool, backend)
     leases = Leases(table, prefixes)
     room = Room(table, in_flight, mover, prefixes, leases, marks, seal_idle)
     return Core(
-        layout, device, backend, table, in_flight, pools, hot, prefixes, leases, mover, room, ring
+        layout,
+        device,
+        backend,
+        table,
+        in_flight,
+        pools,
+        hot,
+        prefixes,
+        leases,
+        mover,
+        room,
+        ring,
+        ram,
     )
 
 
@@ -125,9 +142,37 @@ def open_store(
 def _backend(layout: PageLayout, config: TierConfig, device: Device) -> AttentionBackend:
     math = MATH[config.attention_math]
     try:
-        return backend_for(device.torch_device, device.compute_capability, layout.dtype, math)
+        return backend_for(
+            device.torch_device, device.compute_capability, layout.dtype, math, config.cpu_threads
+        )
     except ValueError as error:
         raise ConfigError(f"device={config.device!r}: {error}") from error
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads > usable_cpus():
+        raise ConfigError(
+            f"cpu_threads={threads}: must be 1 to {usable_cpus()}, the CPUs that this process may use"
+        )
+
+
+def _ram_attention(
+    layout: PageLayout,
+    config: TierConfig,
+    device: Device,
+    pool: SlotPool | None,
+    backend: AttentionBackend,
+) -> RamAttention | None:
+    on_cpu = device.kind is DeviceKind.CPU
+    share = config.cpu_share
+    if share is None:
+        share = 1.0 if on_cpu else 0.0
+    if pool is None or share == 0:
+        return None
+    # On the CPU device nothing is gained by copying pages, whatever the number of rows.
+    policy = RamPolicy(share, None if on_cpu else MOST_ROWS)
+    host = backend if isinstance(backend, HostBackend) else HostBackend(config.cpu_threads)
+    return RamAttention(layout, pool, host, policy)
 
 
 def _ring_pages(layout: PageLayout, config: TierConfig) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,7 +55,8 @@ def hot_tables(core: Core, plan: Plan) -> PagedTables:
         starts.append(hot * page_tokens)
         counts.append(len(hot))
         all_hot = all_hot and len(hot) == len(share.pages)
-    return _tables(core, plan.shares, slots, None if all_hot else starts, counts)
+    put = partial(upload, core)
+    return _tables(put, plan.shares, slots, None if all_hot else starts, counts)
 
 
 def hot_token_slots(core: Core, plan: Plan) -> torch.Tensor:
@@ -66,12 +70,37 @@ def hot_token_slots(core: Core, plan: Plan) -> torch.Tensor:
     return upload(core, np.concatenate(parts))
 
 
-def make_chunks(core: Core, plan: Plan) -> list[Chunk]:
-    """Every page of the step that is not hot, in chunks that alternate between the halves of the ring."""
+def ram_places(core: Core, plan: Plan) -> list[Slots]:
+    """For each sequence, the indices of its pages that are attended in RAM."""
+    none = np.empty(0, dtype=np.int64)
+    return [
+        none
+        if core.ram is None
+        else core.ram.policy.choose(share.homes[: share.first_written], share.new_tokens)
+        for share in plan.shares
+    ]
+
+
+def ram_tables(core: Core, plan: Plan, in_ram: SequenceOf[Slots]) -> PagedTables | None:
+    """Tables, on the host, of the pages that are attended in RAM; None where there are none."""
+    if not any(len(places) for places in in_ram):
+        return None
+    shares, page_tokens = plan.shares, core.layout.page_tokens
+    slots = [
+        core.table.slots(share.pages[places], Tier.RAM)
+        for share, places in zip(shares, in_ram, strict=True)
+    ]
+    starts = [places * page_tokens for places in in_ram]
+    return _tables(torch.from_numpy, shares, slots, starts, [len(places) for places in in_ram])
+
+
+def make_chunks(core: Core, plan: Plan, in_ram: SequenceOf[Slots]) -> list[Chunk]:
+    """Every page of the step that is neither hot nor attended in RAM, in chunks that alternate between the
+    halves of the ring."""
     chunks: list[Chunk] = []
-    for share in plan.shares:
+    for share, attended in zip(plan.shares, in_ram, strict=True):
         cold = np.flatnonzero(share.homes != Tier.GPU)
-        old = cold[cold < share.first_written]
+        old = np.setdiff1d(cold[cold < share.first_written], attended, assume_unique=True)
         written = cold[cold >= share.first_written]
         groups = _groups(core, old)
         for tier in (Tier.RAM, Tier.SSD):
@@ -97,9 +126,8 @@ def _groups(core: Core, places: Slots) -> list[Slots]:
 def _make_chunk(core: Core, share: Share, places: Slots, half: int) -> Chunk:
     ring_slots = core.ring.slots_of(half, len(places))
     starts = places * core.layout.page_tokens
-    tables = _tables(
-        core, [share], [ring_slots], [starts], [len(places)], first_row=share.first_row
-    )
+    put = partial(upload, core)
+    tables = _tables(put, [share], [ring_slots], [starts], [len(places)], first_row=share.first_row)
     if places[0] < share.first_written:
         return Chunk(
             share, half, share.pages[places], share.homes[places], len(places), tables,
@@ -124,7 +152,7 @@ def _token_slots(core: Core, share: Share, slots: Slots) -> Slots:
 
 
 def _tables(
-    core: Core,
+    put: Callable[[np.ndarray], torch.Tensor],
     shares: list[Share],
     slots: list[Slots],
     starts: list[Slots] | None,
@@ -143,11 +171,11 @@ def _tables(
     past = [share.past_tokens for share in shares]
     ends = [share.past_tokens + share.new_tokens for share in shares]
     # one upload for the vectors, one or two for the tables
-    vectors = upload(core, np.array([*counts, *ends, *past, *rows, end], dtype=np.int32))
+    vectors = put(np.array([*counts, *ends, *past, *rows, end], dtype=np.int32))
     n = len(shares)
     return PagedTables(
-        block_table=upload(core, block),
-        page_starts=None if starts is None else upload(core, begin),
+        block_table=put(block),
+        page_starts=None if starts is None else put(begin),
         num_pages=vectors[:n],
         kv_end=vectors[n : 2 * n],
         q_start=vectors[2 * n : 3 * n],

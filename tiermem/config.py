@@ -77,6 +77,9 @@ class TierConfig:
     pressure_warning, pressure_critical: shares (0 to 1) of device or host memory in use at which a warning is
         logged, once a level.
     attention_math: an AttentionMath or its text.
+    cpu_threads: 1 to the CPUs of this process, threads that attend over pages in RAM; None for one each.
+    cpu_share: share (0 to 1) of a sequence's pages in RAM that the CPU attends there, while the other ones are
+        streamed to the device; None for all on the CPU device and for none on a GPU.
     decode_graphs: a DecodeGraphs or its text; for `CapturedDecode` and the Hugging Face integration.
 
     Raises
@@ -99,6 +102,8 @@ class TierConfig:
     pressure_warning: float
     pressure_critical: float
     attention_math: AttentionMath
+    cpu_threads: int | None
+    cpu_share: float | None
     decode_graphs: DecodeGraphs
 
     def __init__(
@@ -119,6 +124,8 @@ class TierConfig:
         pressure_warning: float = 0.90,
         pressure_critical: float = 0.97,
         attention_math: AttentionMath | str = AttentionMath.AUTO,
+        cpu_threads: int | None = None,
+        cpu_share: float | None = None,
         decode_graphs: DecodeGraphs | str = DecodeGraphs.AUTO,
     ) -> None:
         path = None if ssd_path is None else check_path("ssd_path", ssd_path)
@@ -138,6 +145,10 @@ class TierConfig:
             "pressure_warning": check_number("pressure_warning", pressure_warning, 0, 1),
             "pressure_critical": check_number("pressure_critical", pressure_critical, 0, 1),
             "attention_math": check_enum("attention_math", attention_math, AttentionMath),
+            "cpu_threads": None
+            if cpu_threads is None
+            else check_int("cpu_threads", cpu_threads, 1, 4096),
+            "cpu_share": None if cpu_share is None else check_number("cpu_share", cpu_share, 0, 1),
             "decode_graphs": check_enum("decode_graphs", decode_graphs, DecodeGraphs),
         }
         for key, value in values.items():

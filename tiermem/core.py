@@ -18,6 +18,7 @@ from tiermem.layout import PageLayout
 from tiermem.lease import Leases
 from tiermem.pools import FILLING, NO_SLOT, VALID, Ids, SlotPool, Slots, Tier
 from tiermem.prefix import Prefixes
+from tiermem.ram_attention import RamAttention
 from tiermem.room import Room
 from tiermem.streaming import NUM_HALVES, Ring
 from tiermem.transfer import Mover, Transfer
@@ -39,6 +40,8 @@ class Core:
     mover: Mover
     room: Room
     ring: Ring
+    ram: RamAttention | None
+    """None without a RAM tier."""
 
     def best_tiers(self, ids: Ids) -> Slots:
         """For each page the hottest tier with a VALID copy.

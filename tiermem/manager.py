@@ -232,6 +232,8 @@ class TierManager:
             ssd_path=str(self._store.path) if self._store else None,
             ssd_disk_bytes=self._store.disk_bytes if self._store else 0,
             ssd_io=self._store.io_kind if self._store else None,
+            attended_bytes=core.mover.meter.attended_bytes,
+            attended_s=core.mover.meter.attended_s,
         )  # fmt: skip
 
     def check(self) -> None:

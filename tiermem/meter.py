@@ -35,6 +35,10 @@ class Meter:
     def __init__(self) -> None:
         self._flows: dict[Route, Flow] = {}
         self._since_s: dict[Route, float] = {}
+        self.attended_bytes = 0
+        """K and V that the CPU attended where they lie in RAM."""
+        self.attended_s = 0.0
+        """The time that took."""
 
     def begin(self, src: Tier, dst: Tier) -> None:
         """A transfer was submitted."""
@@ -61,6 +65,11 @@ class Meter:
         """Slices of `num_bytes` together were sent through the ring."""
         flow = self._flows.get((src, dst), Flow())
         self._flows[src, dst] = replace(flow, streamed_bytes=flow.streamed_bytes + num_bytes)
+
+    def attend(self, num_bytes: int, seconds: float) -> None:
+        """The CPU attended over slices of `num_bytes` together."""
+        self.attended_bytes += num_bytes
+        self.attended_s += seconds
 
     def flows(self) -> dict[Route, Flow]:
         """The counts now, by (from, to)."""

@@ -1,9 +1,10 @@
 """Plan: where each page of a step's sequences is read and written.
 
 A page is either *hot* (read and written in its slot of the hot pool), *streamed* (old, read layer by layer
-through the ring) or *write-through* (new, filled layer by layer in a lower tier, because the hot tier has no
-slot for it). Pages that a step writes are new or open; a sealed last page that must grow is continued in a new
-page that starts with its bytes (`base`).
+through the ring), *attended in RAM* (old, read by the CPU where it lies: see `ram_attention`) or
+*write-through* (new, filled layer by layer in a lower tier, because the hot tier has no slot for it). Pages that
+a step writes are new or open; a sealed last page that must grow is continued in a new page that starts with its
+bytes (`base`).
 """
 
 from __future__ import annotations

@@ -69,7 +69,10 @@ class SequenceStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A manager at one moment. Times are seconds since the epoch, sizes bytes."""
+    """A manager at one moment. Times are seconds since the epoch, sizes bytes.
+
+    `attended_bytes` of K and V were attended by the CPU where they lie in RAM, in `attended_s` seconds.
+    """
 
     pid: int
     model_id: str
@@ -96,6 +99,8 @@ class Stats:
     ssd_path: str | None
     ssd_disk_bytes: int
     ssd_io: str | None
+    attended_bytes: int
+    attended_s: float
 
     @property
     def hit_rates(self) -> dict[str, float]:

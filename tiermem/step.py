@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from types import TracebackType
 from typing import Protocol
 
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 
 from tiermem import trace
-from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks
+from tiermem.attention.pool_view import PagedTables
+from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks, ram_places, ram_tables
 from tiermem.core import Core
 from tiermem.device.protocol import Event
 from tiermem.errors import ClosedError, CorruptPageError, TierMemError, TransferError
@@ -81,6 +83,8 @@ class Step:
         self._new_tokens = new_tokens
         self._plan: Plan | None = None
         self._chunks: list[Chunk] = []
+        self._ram_tables: PagedTables | None = None
+        self._ram_bytes = 0
         self._checksums: dict[int, list[np.ndarray]] = {}
         self._saves: list[Event] = []
         self._next_layer = 0
@@ -193,7 +197,7 @@ class Step:
         _require_tensor("q", q)
         if scale is None:
             scale = self._core.layout.head_dim**-0.5
-        if not self._chunks:
+        if not self._chunks and self._ram_tables is None:
             out, _ = self._core.backend.attend(
                 self._core.hot, layer, q, self._tables,
                 scale=scale, window=window, out_dtype=q.dtype,
@@ -226,17 +230,24 @@ class Step:
             return
         self._tables = hot_tables(self._core, plan)
         self._token_slots = hot_token_slots(self._core, plan)
-        self._chunks = [] if plan.is_resident else make_chunks(self._core, plan)
+        if plan.is_resident:
+            return
+        in_ram = ram_places(self._core, plan)
+        self._chunks = make_chunks(self._core, plan, in_ram)
+        self._ram_tables = ram_tables(self._core, plan, in_ram)
+        self._ram_bytes = self._core.layout.layer_bytes * sum(map(len, in_ram))
 
     def _attend_in_parts(
         self, layer: int, q: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
-        """Partial results over hot pages and over each chunk, merged by log-sum-exp."""
+        """Partial results over hot pages, over those in RAM and over each chunk, merged by log-sum-exp."""
         backend, ring = self._core.backend, self._core.ring
         out, lse = backend.attend(
             self._core.hot, layer, q, self._tables,
             scale=scale, window=window, out_dtype=torch.float32,
         )  # fmt: skip
+        if self._ram_tables is not None:
+            out, lse = self._attend_in_ram(layer, q, scale, window, out, lse)
         for chunk in self._chunks:
             self._fill(chunk, layer)
             part, part_lse = backend.attend(
@@ -248,6 +259,23 @@ class Step:
                 [out[chunk.rows], part], [lse[chunk.rows], part_lse], torch.float32
             )
         return out.to(q.dtype)
+
+    def _attend_in_ram(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        scale: float,
+        window: int | None,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`out` and `lse`, merged with what the CPU finds in the pages that lie in RAM."""
+        core = self._core
+        assert core.ram is not None and self._ram_tables is not None
+        start_s = time.perf_counter()
+        part, part_lse = core.ram.attend(layer, q, self._ram_tables, scale, window)
+        core.mover.meter.attend(self._ram_bytes, time.perf_counter() - start_s)
+        return core.backend.merge([out, part], [lse, part_lse], torch.float32)
 
     def _fill(self, chunk: Chunk, layer: int) -> None:
         """Bring the chunk's slices to its half of the ring: old bytes from their tiers, new ones from k and v."""

@@ -114,6 +114,7 @@ def backend_for(
     compute_capability: tuple[int, int] | None,
     dtype: str,
     math: ProductMath = ProductMath.STORED,
+    threads: int | None = None,
 ) -> AttentionBackend:
     """The backend for a device and a dtype of K and V.
 
@@ -123,15 +124,16 @@ def backend_for(
     compute_capability: of the GPU, (7, 5) or later; not looked at for the CPU.
     dtype: the layout's.
     math: what a GPU multiplies; the CPU multiplies float32 always.
+    threads: that attend on the CPU; None: one for each CPU. Not looked at for a GPU.
 
     Raises
     ------
-    ValueError: no backend for this device, this capability, or this dtype on it.
+    ValueError: no backend for this device, this capability, or this dtype on it; more threads than CPUs.
     """
     if dtype not in TORCH_DTYPES:
         raise ValueError(f"dtype={dtype!r}: must be one of {', '.join(TORCH_DTYPES)}")
     if torch_device.type == "cpu":
-        return HostBackend()
+        return HostBackend(threads)
     if torch_device.type != "cuda":
         raise ValueError(f"device={str(torch_device)!r}: attention runs on cpu or cuda")
     if compute_capability is None or compute_capability < OLDEST_CAPABILITY:

@@ -125,6 +125,8 @@ def facts(stats: Stats) -> Table:
         ("SSD", _ssd_text(stats)),
         ("model", stats.model_id or NOTHING),
     ]
+    if stats.attended_bytes:
+        rows.append(("attended in RAM", _attended_text(stats)))
     if stats.failed_transfers or stats.corrupt_pages:
         rows.append(("trouble", trouble_text(stats)))
     return pairs(rows)
@@ -174,6 +176,11 @@ def _prefix_text(stats: Stats) -> str:
         f"{count_text(stats.attached_tokens)} of {count_text(stats.prompt_tokens)} tokens looked up "
         f"were attached ({share_text(stats.prefix_hit_rate)})"
     )
+
+
+def _attended_text(stats: Stats) -> str:
+    rate = stats.attended_bytes / stats.attended_s / 1e9 if stats.attended_s > 0 else 0.0
+    return f"{size_text(stats.attended_bytes)} by the CPU, {rate_text(rate)}"
 
 
 def _host_memory_text(stats: Stats) -> str:

@@ -1,0 +1,282 @@
+"""Every split of a step's pages into hot ones, streamed ones and those attended in RAM, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tiermem import ConfigError, PageLayout, Sequence, Step, TierConfig, TierManager, TransferError
+from tiermem._core import Tier
+from tiermem.attention.cpus import usable_cpus
+from tiermem.build import MOST_ROWS
+from tiermem.device.simulated import SimulatedDevice
+from tiermem.ram_attention import RamPolicy
+from tiermem.store_format import TRAILER_BYTES
+
+PAGE = 16
+Q_HEADS = 6
+
+
+def layout_of(dtype: str = "float16") -> PageLayout:
+    return PageLayout(num_layers=2, num_kv_heads=2, head_dim=32, dtype=dtype, page_tokens=PAGE)
+
+
+def config_of(
+    layout: PageLayout, gpu: int, ram: int, ssd: int = 0, path: Path | None = None, **more: object
+) -> TierConfig:
+    store = ssd * (layout.slot_bytes + TRAILER_BYTES + 8192) + (1 << 20) if ssd else 0
+    return TierConfig(
+        gpu=gpu * layout.slot_bytes, ram=ram * layout.slot_bytes, ssd=store, ssd_path=path,
+        staging_pages=1, device="cpu", low_watermark=0.0, high_watermark=0.0, **more,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+@dataclass(eq=False)
+class Text:
+    """One sequence, and all K and V that were appended to it: (layers, tokens, kv_heads, head_dim)."""
+
+    sequence: Sequence
+    k: torch.Tensor
+    v: torch.Tensor
+    random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(5))
+
+    @classmethod
+    def new(cls, manager: TierManager) -> Text:
+        layout = manager.layout
+        shape = (layout.num_layers, 0, layout.num_kv_heads, layout.head_dim)
+        empty = torch.empty(shape, dtype=getattr(torch, layout.dtype))
+        return cls(manager.open_sequence(), empty, empty)
+
+    def draw(self, count: int) -> None:
+        layers, _, heads, dim = self.k.shape
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            new = torch.randn(layers, count, heads, dim, generator=self.random).to(old.dtype)
+            setattr(self, name, torch.cat([old, new], 1))
+
+    def wanted(self, layer: int, q: torch.Tensor, window: int | None) -> torch.Tensor:
+        """Attention of the last tokens, in float64."""
+        group, total = Q_HEADS // self.k.shape[2], self.k.shape[1]
+        k = self.k[layer].double().repeat_interleave(group, 1)
+        v = self.v[layer].double().repeat_interleave(group, 1)
+        scores = torch.einsum("rhd,nhd->hrn", q.double(), k) * q.shape[-1] ** -0.5
+        rows = torch.arange(total - len(q), total)[:, None]
+        columns = torch.arange(total)[None]
+        unseen = columns > rows
+        if window is not None:
+            unseen |= columns <= rows - window
+        scores.masked_fill_(unseen, -torch.inf)
+        return torch.einsum("hrn,nhd->rhd", torch.softmax(scores, -1), v)
+
+
+def run_step(
+    manager: TierManager, texts: list[Text], counts: list[int], window: int | None = None
+) -> float:
+    """One step of new random tokens; the largest error of its outputs, relative to their norm."""
+    layout, worst = manager.layout, 0.0
+    for text, count in zip(texts, counts, strict=True):
+        text.draw(count)
+    with manager.step([text.sequence for text in texts], counts) as step:
+        for layer in range(layout.num_layers):
+            news = list(zip(texts, counts, strict=True))
+            step.append(
+                layer,
+                torch.cat([text.k[layer, -count:] for text, count in news]),
+                torch.cat([text.v[layer, -count:] for text, count in news]),
+            )
+            q = torch.randn(sum(counts), Q_HEADS, layout.head_dim).to(texts[0].k.dtype)
+            out = step.attend(layer, q, window=window)
+            parts = q.split(counts)
+            want = torch.cat(
+                [t.wanted(layer, part, window) for t, part in zip(texts, parts, strict=True)]
+            )
+            worst = max(worst, float((out.double() - want).norm() / want.norm()))
+    return worst
+
+
+TOLERANCE = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
+"""One rounding of the output to the dtype, and a little."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_every_share_is_exact(dtype: str, share: float) -> None:
+    layout = layout_of(dtype)
+    with TierManager(layout, config_of(layout, gpu=8, ram=60, cpu_share=share)) as manager:
+        texts = [Text.new(manager) for _ in range(3)]
+        worst = run_step(manager, texts, [333, 90, 1])
+        for counts in ([1, 1, 1], [32, 1, 7], [1, 33, 2], [4, 8, 1], [1, 1, 64]):
+            worst = max(worst, run_step(manager, texts, counts))
+        worst = max(worst, run_step(manager, texts, [3, 1, 1], window=50))
+        attended = manager.stats().attended_bytes
+        manager.check()
+    assert worst < TOLERANCE[dtype]
+    assert (attended > 0) == (share > 0)
+
+
+def test_shares_may_change_at_every_step() -> None:
+    layout = layout_of()
+    with TierManager(layout, config_of(layout, gpu=4, ram=40, cpu_share=1.0)) as manager:
+        ram = manager._core.ram
+        assert ram is not None
+        text = Text.new(manager)
+        worst = run_step(manager, [text], [400])
+        random = np.random.default_rng()
+        for share in [0.0, 1.0, *random.uniform(0, 1, 20)]:
+            ram.policy = RamPolicy(float(share), None)
+            worst = max(worst, run_step(manager, [text], [int(random.integers(1, 6))]))
+    assert worst < TOLERANCE["float16"]
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 48])
+def test_all_pages_but_the_last_in_ram(tokens: int) -> None:
+    """A hot tier of one page: nothing is left there but what is written."""
+    layout = layout_of()
+    with TierManager(layout, config_of(layout, gpu=1, ram=20, cpu_share=1.0)) as manager:
+        text = Text.new(manager)
+        errors = [run_step(manager, [text], [tokens])]
+        errors += [run_step(manager, [text], [1]) for _ in range(20)]
+        assert max(errors) < TOLERANCE["float16"]
+        assert manager.stats().attended_bytes > 0
+
+
+def test_pages_on_the_ssd_are_streamed_beside(tmp_path: Path) -> None:
+    layout = layout_of()
+    config = config_of(layout, gpu=4, ram=8, ssd=60, path=tmp_path / "store", cpu_share=0.7)
+    with TierManager(layout, config) as manager:
+        text = Text.new(manager)
+        errors = [run_step(manager, [text], [64]) for _ in range(8)]
+        errors += [run_step(manager, [text], [count]) for count in (1, 5, 32, 1)]
+        flows = {(flow.src, flow.dst): flow.streamed_bytes for flow in manager.stats().flows}
+        assert flows.get(("SSD", "GPU"), 0) > 0
+        assert manager.stats().attended_bytes > 0
+    assert max(errors) < TOLERANCE["float16"]
+
+
+def test_beside_a_device_long_chunks_are_streamed() -> None:
+    """On any device but the CPU; a simulated one here."""
+    layout = layout_of("float32")
+    device = SimulatedDevice(3, total_bytes=1 << 28, eagerness=0.5)
+    config = replace_device(config_of(layout, gpu=6, ram=60, cpu_share=1.0))
+    with TierManager(layout, config, device=device) as manager:
+        texts = [Text.new(manager) for _ in range(2)]
+        run_step(manager, texts, [300, 40])
+        before = manager.stats().attended_bytes
+        long = run_step(manager, texts, [MOST_ROWS + 1, MOST_ROWS + 1])
+        assert manager.stats().attended_bytes == before
+        short = run_step(manager, texts, [1, MOST_ROWS])
+        assert manager.stats().attended_bytes > before
+        assert max(long, short) < TOLERANCE["float32"]
+
+
+def replace_device(config: TierConfig) -> TierConfig:
+    return TierConfig.from_table({**config.to_table(), "device": "auto"})
+
+
+def test_beside_a_gpu_it_is_off_until_asked_for() -> None:
+    layout = layout_of()
+    device = SimulatedDevice(3, total_bytes=1 << 28, eagerness=0.5)
+    with TierManager(
+        layout, replace_device(config_of(layout, gpu=4, ram=8)), device=device
+    ) as manager:
+        assert manager._core.ram is None
+
+
+def test_pages_attended_in_ram_are_not_copied_to_the_device() -> None:
+    layout = layout_of()
+    with TierManager(layout, config_of(layout, gpu=4, ram=40)) as manager:
+        text = Text.new(manager)
+        run_step(manager, [text], [400])
+        before = streamed_bytes(manager)
+        assert run_step(manager, [text], [1]) < TOLERANCE["float16"]
+        assert streamed_bytes(manager) == before
+        pages = manager._core.table.counts(Tier.RAM)
+        assert pages.slots - pages.free > 20
+
+
+def streamed_bytes(manager: TierManager) -> int:
+    flows = {(flow.src, flow.dst): flow.streamed_bytes for flow in manager.stats().flows}
+    return flows.get(("RAM", "GPU"), 0)
+
+
+# ---- what can go wrong -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manager() -> Iterator[TierManager]:
+    layout = layout_of()
+    with TierManager(layout, config_of(layout, gpu=4, ram=40, cpu_share=1.0)) as opened:
+        yield opened
+
+
+def test_a_cpu_that_fails_undoes_the_step_and_no_more(
+    manager: TierManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Text.new(manager)
+    run_step(manager, [text], [300])
+    ram = manager._core.ram
+    assert ram is not None
+    tokens, kept = text.sequence.num_tokens, (text.k, text.v)
+
+    def fails(*_: object, **__: object) -> None:
+        raise TransferError("a worker threw")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ram), "attend", fails)
+        with pytest.raises(TransferError, match="a worker threw"):
+            run_step(manager, [text], [1])
+    text.k, text.v = kept
+    assert text.sequence.num_tokens == tokens
+    manager.check()
+    assert run_step(manager, [text], [2]) < TOLERANCE["float16"]
+
+
+def test_more_threads_than_cpus_are_refused_before_anything_is_allocated() -> None:
+    layout = layout_of()
+    many = usable_cpus() + 1
+    with pytest.raises(ConfigError, match=rf"cpu_threads={many}: must be 1 to {many - 1}"):
+        TierManager(layout, config_of(layout, gpu=4, ram=8, cpu_threads=many))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("cpu_share", 1.1, "0 to 1"),
+        ("cpu_share", -0.1, "0 to 1"),
+        ("cpu_share", "half", "0 to 1"),
+        ("cpu_threads", 0, "1 to"),
+        ("cpu_threads", 1.5, "1 to"),
+    ],
+)
+def test_what_cannot_be_is_refused(key: str, value: object, allowed: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}=.*{allowed}"):
+        TierConfig(**{key: value})  # type: ignore[arg-type]
+
+
+def test_one_thread_computes_the_same(manager: TierManager) -> None:
+    layout = layout_of()
+    outs = []
+    for threads in (1, usable_cpus()):
+        torch.manual_seed(1)
+        with TierManager(layout, config_of(layout, gpu=4, ram=40, cpu_threads=threads)) as other:
+            text = Text.new(other)
+            run_step(other, [text], [300])
+            text.draw(1)
+            outs.append(step_outputs(other, text))
+    assert torch.equal(*outs)
+
+
+def step_outputs(manager: TierManager, text: Text) -> torch.Tensor:
+    outs = []
+    with manager.step([text.sequence]) as step:
+        assert isinstance(step, Step)
+        for layer in range(manager.layout.num_layers):
+            step.append(layer, text.k[layer, -1:], text.v[layer, -1:])
+            q = torch.ones(1, Q_HEADS, manager.layout.head_dim, dtype=text.k.dtype)
+            outs.append(step.attend(layer, q))
+    return torch.stack(outs)
