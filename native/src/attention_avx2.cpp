@@ -10,6 +10,8 @@ struct Avx2 {
   static constexpr int kLanes = 8;
   static constexpr int kBlockLines = 8;
   static constexpr int kSums = 12;
+  static constexpr int kPanelTokens = 4;
+  static constexpr int kPanelLines = 4;
 
   static Vec all(float x) { return _mm256_set1_ps(x); }
 

@@ -10,6 +10,8 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kBlockLines = 8;
   static constexpr int kSums = 20;
+  static constexpr int kPanelTokens = 8;
+  static constexpr int kPanelLines = 8;
 
   static Vec all(float x) { return _mm512_set1_ps(x); }
 

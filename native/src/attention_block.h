@@ -12,9 +12,6 @@
 namespace tiermem {
 namespace {
 
-constexpr int kSumTokens = 16;         // that are summed before the accumulators are stored
-constexpr float kRescaleAbove = 8.0F;  // in base 2
-
 constexpr int power_of_two_from(int n) {
   int power = 1;
   while (power < n) power *= 2;
@@ -141,7 +138,7 @@ struct Block {
       const Vec factors = exp2_by_parts<Isa>(Isa::subtract(old, peak));
       total = Isa::multiply(total, factors);
       Isa::store(task.peak, peak);
-      rescale(task, factors);
+      rescale<Isa>(task.weighted, task.padded_dim, kLines, factors);
     }
     for (int i = 0; i < end; i += kLanes) {
       const Vec weights = exp2_by_parts<Isa>(Isa::subtract(Isa::load(scores + i), peak));
@@ -149,17 +146,6 @@ struct Block {
       Isa::store(scores + i, weights);
     }
     Isa::store(task.total, total);
-  }
-
-  static void rescale(BlockTask task, Vec factors) {
-    alignas(64) float factor[kLanes];
-    Isa::store(factor, factors);
-    for (int g = 0; g < kLines; ++g) {
-      float* row = task.weighted + g * task.padded_dim;
-      for (int d = 0; d < task.padded_dim; d += kLanes) {
-        Isa::store(row + d, Isa::multiply(Isa::load(row + d), Isa::all(factor[g])));
-      }
-    }
   }
 
   // Columns from d on, as wide as fits, then narrower; returns the first one left: no whole vector.
@@ -264,30 +250,15 @@ struct Blocks {
             false};
   }
 
-  static bool sees_any(const TokenFeed& feed, const SeenRange* sees, std::size_t count) {
-    for (std::size_t i = 0; i < count; ++i) {
-      if (sees[i].start <= feed.highest() && feed.lowest() < sees[i].end) return true;
-    }
-    return false;
-  }
-
-  static void clear(const UnitTask& task, const LineBlocks& blocks) {
-    std::memset(task.partial.weighted, 0, task.num_lines * task.padded_dim * sizeof(float));
-    for (std::size_t i = 0; i < blocks.num_blocks * kMostLanes; ++i) {
-      task.partial.peak[i] = kLowest;
-      task.partial.total[i] = 0.0F;
-    }
-  }
-
   static void attend(const UnitTask& task) {
     const LineBlocks blocks(task.num_lines, Isa::kBlockLines);
-    clear(task, blocks);
+    clear_partial(task.partial, task.num_lines, task.padded_dim, blocks.num_blocks * kMostLanes);
     for (TokenFeed feed(task); feed.count() > 0; feed.next()) {
       bool fetches = true;
       for (std::size_t i = 0; i < blocks.num_blocks; ++i) {
         BlockTask block = block_task(task, blocks, i);
         const std::size_t lines = blocks.start(i + 1) - blocks.start(i);
-        if (!sees_any(feed, block.sees, lines)) continue;
+        if (!feed.any_sees(block.sees, static_cast<int>(lines))) continue;
         block.fetches = fetches;
         fetches = false;
         kOfLines[lines].fold(feed, block);
@@ -298,19 +269,6 @@ struct Blocks {
     }
   }
 };
-
-template <class Isa>
-void attend_unit(const UnitTask& task) {
-  const FlushDenormals flush;
-  switch (task.shape.type) {
-    case FloatType::float16:
-      return Blocks<Isa, Half>::attend(task);
-    case FloatType::bfloat16:
-      return Blocks<Isa, Bfloat>::attend(task);
-    case FloatType::float32:
-      return Blocks<Isa, float>::attend(task);
-  }
-}
 
 }  // namespace
 }  // namespace tiermem

@@ -10,6 +10,7 @@ namespace tiermem {
 namespace {
 
 constexpr int kTokens = 64;           // of a block: K and V of 32 KiB for head_dim 128 in half precision
+constexpr int kSumTokens = 16;        // whose V is summed before the sums are stored
 constexpr int kAheadBytes = 8 << 10;  // from what is read to what is prefetched
 
 // Up to 64 tokens of a run, in order, and those after them: where their K and V rows lie.
@@ -43,6 +44,18 @@ class TokenFeed {
     return rows_[(at() + kTokens + i + ahead_) & kRingMask];
   }
 
+  // Whether one of the lines sees a token of the block, or what lies between its tokens.
+  bool any_sees(const SeenRange* sees, int num_lines) const {
+    for (int i = 0; i < num_lines; ++i) {
+      if (sees[i].start <= highest() && lowest() < sees[i].end) return true;
+    }
+    return false;
+  }
+
+  void fetch_row(const std::byte* row) const {
+    for (std::size_t at = 0; at < row_bytes_; at += kLineBytes) fetch(row + at);
+  }
+
   void next() {
     const int done = half_;
     half_ = 1 - half_;
@@ -53,10 +66,6 @@ class TokenFeed {
   static constexpr int kRingMask = 4 * kTokens - 1;
 
   int at() const { return half_ * 2 * kTokens; }
-
-  void fetch_row(const std::byte* row) const {
-    for (std::size_t at = 0; at < row_bytes_; at += kLineBytes) fetch(row + at);
-  }
 
   // Without tokens left the rows stay as they are: prefetching them again does no harm.
   void fill(int half) {

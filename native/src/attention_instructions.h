@@ -2,32 +2,89 @@
 #pragma once
 
 #include "attention_block.h"
+#include "attention_panel.h"
 #include "attention_vectors.h"
 
 namespace tiermem {
 namespace {
 
-// The factor is applied in double, so that each product is rounded once and on its own: a rounded
-// factor would shift all scores of a row together.
 template <class Isa, class Item>
-void prepare_items(const PrepareTask& task) {
-  const auto* query = static_cast<const Item*>(task.query);
-  const int head_dim = static_cast<int>(task.head_dim);
-  const int padded_dim = static_cast<int>(task.padded_dim);
-  for (int d = 0; d < padded_dim; d += Isa::kLanes) {
-    float* to = task.block + (d * task.num_lines + task.line * Isa::kLanes);
-    const int count = head_dim - d;
-    if (count >= Isa::kLanes) {
-      Isa::store(to, Isa::load(query + d));
-    } else {
-      Isa::store(to, load_some<Isa>(query + d, count > 0 ? count : 0));
-    }
-    for (int i = 0; i < Isa::kLanes; ++i) to[i] = static_cast<float>(task.factor * to[i]);
+void attend_items(const UnitTask& task) {
+  if (uses_panels(task.num_lines, task.padded_dim)) {
+    Panels<Isa, Item>::attend(task);
+  } else {
+    Blocks<Isa, Item>::attend(task);
   }
 }
 
 template <class Isa>
-void prepare_query(const PrepareTask& task) {
+void attend_unit(const UnitTask& task) {
+  const FlushDenormals flush;
+  switch (task.shape.type) {
+    case FloatType::float16:
+      return attend_items<Isa, Half>(task);
+    case FloatType::bfloat16:
+      return attend_items<Isa, Bfloat>(task);
+    case FloatType::float32:
+      return attend_items<Isa, float>(task);
+  }
+}
+
+// Where a line's prepared items go: item d at to + d / kLanes * piece + d % kLanes * item.
+struct Place {
+  float* to;
+  std::size_t piece;
+  std::size_t item;
+};
+
+template <class Isa>
+Place place_of(const PrepareTask& task, std::size_t line) {
+  if (uses_panels(task.num_lines, task.padded_dim)) {
+    constexpr std::size_t width = Panel<Isa>::kWidth;
+    return {task.prepared + line / width * width * task.padded_dim + line % width,
+            width * Isa::kLanes, width};
+  }
+  const LineBlocks blocks(task.num_lines, Isa::kBlockLines);
+  const std::size_t block = blocks.block_of(line);
+  const std::size_t start = blocks.start(block);
+  return {task.prepared + start * task.padded_dim + (line - start) * Isa::kLanes,
+          (blocks.start(block + 1) - start) * Isa::kLanes, 1};
+}
+
+// The factor is applied in double, so that each product is rounded once and on its own: a rounded
+// factor would shift all scores of a row together.
+template <class Isa, class Item>
+void prepare_line(const Item* query, const PrepareTask& task, Place place) {
+  for (std::size_t d = 0; d < task.padded_dim; d += Isa::kLanes, place.to += place.piece) {
+    alignas(64) float items[Isa::kLanes];
+    const int count = static_cast<int>(task.head_dim) - static_cast<int>(d);
+    if (count >= Isa::kLanes) {
+      Isa::store(items, Isa::load(query + d));
+    } else {
+      Isa::store(items, load_some<Isa>(query + d, count > 0 ? count : 0));
+    }
+    for (int i = 0; i < Isa::kLanes; ++i) {
+      place.to[i * place.item] = static_cast<float>(task.factor * items[i]);
+    }
+  }
+}
+
+template <class Isa, class Item>
+void prepare_items(const PrepareTask& task) {
+  if (uses_panels(task.num_lines, task.padded_dim)) {  // lanes of no line are multiplied too
+    std::memset(task.prepared, 0,
+                prepared_lines(task.num_lines) * task.padded_dim * sizeof(float));
+  }
+  for (std::size_t line = 0; line < task.num_lines; ++line) {
+    const auto row = static_cast<std::int64_t>(line / task.heads_per_kv);
+    const auto head = static_cast<std::int64_t>(line % task.heads_per_kv);
+    const std::byte* query = task.query + row * task.row_bytes + head * task.head_bytes;
+    prepare_line<Isa>(reinterpret_cast<const Item*>(query), task, place_of<Isa>(task, line));
+  }
+}
+
+template <class Isa>
+void prepare_queries(const PrepareTask& task) {
   switch (task.type) {
     case FloatType::float16:
       return prepare_items<Isa, Half>(task);
@@ -107,21 +164,26 @@ void merge_line(const MergeTask& task, std::size_t line, std::size_t lane) {
                      : static_cast<float>(kLn2 * (static_cast<double>(peak) + __builtin_log2(total)));
 }
 
+// Where a line's peak and total are among a partial result's lanes.
+template <class Isa>
+std::size_t lane_of(const MergeTask& task, std::size_t line) {
+  if (uses_panels(task.num_lines, task.padded_dim)) return line;
+  const LineBlocks blocks(task.num_lines, Isa::kBlockLines);
+  const std::size_t block = blocks.block_of(line);
+  return block * kMostLanes + line - blocks.start(block);
+}
+
 template <class Isa>
 void merge_runs(const MergeTask& task) {
   const FlushDenormals flush;
-  const LineBlocks blocks(task.num_lines, Isa::kBlockLines);
-  for (std::size_t block = 0; block < blocks.num_blocks; ++block) {
-    for (std::size_t line = blocks.start(block); line < blocks.start(block + 1); ++line) {
-      merge_line<Isa>(task, line, block * kMostLanes + line - blocks.start(block));
-    }
+  for (std::size_t line = 0; line < task.num_lines; ++line) {
+    merge_line<Isa>(task, line, lane_of<Isa>(task, line));
   }
 }
 
 template <class Isa>
 constexpr AttentionKernel kernel_of(AttentionInstructions instructions) {
-  return {instructions, Isa::kBlockLines, &prepare_query<Isa>, &attend_unit<Isa>,
-          &merge_runs<Isa>};
+  return {instructions, &prepare_queries<Isa>, &attend_unit<Isa>, &merge_runs<Isa>};
 }
 
 }  // namespace

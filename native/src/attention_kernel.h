@@ -34,11 +34,23 @@ struct SeenRange {
 };
 
 // A partial softmax of a group of lines, in base 2: line i's sum of 2^(z - peak) and of that times V.
+// Which lane is which line's, the kernel knows.
 struct Partial {
   float* weighted;  // (lines, padded_dim), 64-byte aligned
-  float* peak;      // (blocks, kMostLanes): of a block's line g at lane g
+  float* peak;      // (partial_lanes(lines)), 64-byte aligned
   float* total;     // as peak
 };
+
+// Lanes for lines in blocks of at least four, one vector a block, or in pairs of vectors.
+constexpr std::size_t partial_lanes(std::size_t num_lines) {
+  return (num_lines + 3) / 4 * kMostLanes;
+}
+
+// Lines for which prepared queries have room.
+constexpr std::size_t prepared_lines(std::size_t num_lines) {
+  constexpr std::size_t pair = 2 * kMostLanes;
+  return num_lines <= kMostBlockLines ? num_lines : (num_lines + pair - 1) / pair * pair;
+}
 
 // How a group's lines form blocks of nearly equal size. REQUIRES: 1 <= most_lines.
 struct LineBlocks {
@@ -48,18 +60,25 @@ struct LineBlocks {
   constexpr LineBlocks(std::size_t lines, std::size_t most_lines)
       : num_lines(lines), num_blocks((lines + most_lines - 1) / most_lines) {}
   constexpr std::size_t start(std::size_t block) const { return num_lines * block / num_blocks; }
+  constexpr std::size_t block_of(std::size_t line) const {
+    std::size_t block = line * num_blocks / num_lines;
+    while (start(block + 1) <= line) ++block;
+    return block;
+  }
 };
 
-// One row of queries of one head, to scaled float32: a line of a block.
+// A group's queries of one KV head, to scaled float32 in the kernel's own order.
 struct PrepareTask {
   FloatType type;
-  const void* query;  // head_dim items
+  const std::byte* query;        // of line 0
+  std::int64_t row_bytes;        // from a row to the next
+  std::int64_t head_bytes;       // from a query head to the next
+  std::size_t heads_per_kv;
+  std::size_t num_lines;
   std::size_t head_dim;
   std::size_t padded_dim;
   double factor;
-  float* block;            // (padded_dim / lanes, lines, lanes) of the block; filled up with 0
-  std::size_t num_lines;   // of the block
-  std::size_t line;        // of the block
+  float* prepared;  // (prepared_lines(lines), padded_dim), 64-byte aligned
 };
 
 struct UnitTask {
@@ -69,7 +88,7 @@ struct UnitTask {
   const SeenPage* pages;
   std::size_t num_pages;
   std::size_t num_lines;
-  const float* queries;    // of each block after the other, as PrepareTask left them
+  const float* queries;    // as PrepareTask left them
   const SeenRange* sees;   // (lines)
   Partial partial;         // overwritten
 };
@@ -91,7 +110,6 @@ struct MergeTask {
 
 struct AttentionKernel {
   AttentionInstructions instructions;
-  std::size_t block_lines;  // lines of a block, at most kMostBlockLines
   void (*prepare)(const PrepareTask& task);
   void (*attend)(const UnitTask& task);
   void (*merge)(const MergeTask& task);

@@ -48,12 +48,11 @@ void check(const PageTables& tables) {
 
 }  // namespace
 
-void AttentionPlan::make(const KvShape& shape, const PageTables& tables, const QueryRows& queries,
-                         std::size_t block_lines) {
+void AttentionPlan::make(const KvShape& shape, const PageTables& tables,
+                         const QueryRows& queries) {
   check(tables);
   shape_ = shape;
   heads_per_kv_ = queries.num_heads / shape.num_kv_heads;
-  block_lines_ = block_lines;
   padded_dim_ = ceil_div(shape.head_dim, kMostLanes) * kMostLanes;
   for (auto* list : {&first_pages_, &group_tokens_}) list->clear();
   pages_.clear();
@@ -61,6 +60,7 @@ void AttentionPlan::make(const KvShape& shape, const PageTables& tables, const Q
   groups_.clear();
   sees_.clear();
   units_.clear();
+  query_floats_ = 0;
   for (std::size_t b = 0; b < tables.num_pages.size(); ++b) add_groups(tables, queries, b);
   first_pages_.push_back(pages_.size());
   cut_runs(group_tokens_);
@@ -76,7 +76,8 @@ void AttentionPlan::add_groups(const PageTables& tables, const QueryRows& querie
   for (std::size_t i = 0; i < num_groups; ++i) {
     const std::size_t first_row = row_start + (row_end - row_start) * i / num_groups;
     const std::size_t end_row = row_start + (row_end - row_start) * (i + 1) / num_groups;
-    groups_.push_back({first_row, end_row - first_row, 0, 0, sees_.size(), 0});
+    groups_.push_back({first_row, end_row - first_row, 0, 0, sees_.size(), query_floats_, 0});
+    query_floats_ = queries_at(groups_.back(), shape_.num_kv_heads);
     add_sees(tables, queries, sequence, groups_.back());
     const SeenRange seen{sees_[groups_.back().first_sees].start, sees_.back().end};
     first_pages_.push_back(pages_.size());
@@ -168,18 +169,20 @@ void AttentionPlan::add_runs(RowGroup& group, std::size_t first_page, std::size_
   group.num_runs = runs_.size() - group.first_run;
 }
 
+std::size_t AttentionPlan::queries_at(const RowGroup& group, std::size_t kv_head) const {
+  return group.queries_at + kv_head * prepared_lines(num_lines(group)) * padded_dim_;
+}
+
 std::size_t AttentionPlan::partial_floats(const RowGroup& group) const {
-  const LineBlocks blocks(num_lines(group), block_lines_);
-  return num_lines(group) * padded_dim_ + 2 * blocks.num_blocks * kMostLanes;
+  return num_lines(group) * padded_dim_ + 2 * partial_lanes(num_lines(group));
 }
 
 Partial AttentionPlan::partial(float* scratch, const RowGroup& group, std::size_t run,
                                std::size_t kv_head) const {
-  const LineBlocks blocks(num_lines(group), block_lines_);
   float* weighted =
       scratch + group.partials_at + (run * shape_.num_kv_heads + kv_head) * partial_floats(group);
   float* peak = weighted + num_lines(group) * padded_dim_;
-  return {weighted, peak, peak + blocks.num_blocks * kMostLanes};
+  return {weighted, peak, peak + partial_lanes(num_lines(group))};
 }
 
 }  // namespace tiermem

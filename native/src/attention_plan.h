@@ -23,6 +23,7 @@ struct RowGroup {
   std::size_t first_run;  // of AttentionPlan::runs
   std::size_t num_runs;   // 0: no row sees anything
   std::size_t first_sees;  // of AttentionPlan::sees, one for each line
+  std::size_t queries_at;   // float of the prepared queries; KV heads, then lines
   std::size_t partials_at;  // float of the scratch memory; runs, then KV heads, then the arrays
 };
 
@@ -36,8 +37,7 @@ struct PlannedUnit {
 class AttentionPlan {
  public:
   // Throws std::invalid_argument as CpuAttention::attend says.
-  void make(const KvShape& shape, const PageTables& tables, const QueryRows& queries,
-            std::size_t block_lines);
+  void make(const KvShape& shape, const PageTables& tables, const QueryRows& queries);
 
   const std::vector<SeenPage>& pages() const noexcept { return pages_; }
   const std::vector<PageRun>& runs() const noexcept { return runs_; }
@@ -52,6 +52,10 @@ class AttentionPlan {
   // Floats of one unit's partial result, and of all together.
   std::size_t partial_floats(const RowGroup& group) const;
   std::size_t scratch_floats() const noexcept { return scratch_floats_; }
+
+  // Floats of all prepared queries, and where those of a group and KV head begin.
+  std::size_t query_floats() const noexcept { return query_floats_; }
+  std::size_t queries_at(const RowGroup& group, std::size_t kv_head) const;
 
   // Where a unit's partial result lies in `scratch`.
   Partial partial(float* scratch, const RowGroup& group, std::size_t run,
@@ -69,9 +73,9 @@ class AttentionPlan {
 
   KvShape shape_{};
   std::size_t heads_per_kv_ = 1;
-  std::size_t block_lines_ = 1;
   std::size_t padded_dim_ = 0;
   std::size_t scratch_floats_ = 0;
+  std::size_t query_floats_ = 0;
   std::vector<SeenPage> pages_;
   std::vector<PageRun> runs_;
   std::vector<RowGroup> groups_;

@@ -10,6 +10,8 @@ struct Portable {
   static constexpr int kLanes = 4;
   static constexpr int kBlockLines = 4;
   static constexpr int kSums = 8;
+  static constexpr int kPanelTokens = 4;
+  static constexpr int kPanelLines = 2;
 
   static Vec all(float x) { return Vec{x, x, x, x}; }
 

@@ -5,7 +5,8 @@
 // become the program's copy of anything.
 //
 // Isa has: Vec; kLanes (a power of two, at most kMostLanes); kBlockLines (at most kLanes and
-// kMostBlockLines); kSums, accumulators that fit the registers beside operands; and functions on Vec.
+// kMostBlockLines); kSums, accumulators that fit the registers beside operands; kPanelTokens (a divisor
+// of 64) and kPanelLines, which make half as many accumulators; and functions on Vec.
 #pragma once
 
 #include <cstddef>
@@ -34,6 +35,7 @@ struct Bfloat {
 constexpr int kLineBytes = 64;  // of the caches
 constexpr float kLowest = -3.402823466e+38F;
 constexpr float kInfinity = __builtin_inff();
+constexpr float kRescaleAbove = 8.0F;  // how far scores, in base 2, may exceed the peak: see attention_block.h
 
 // Into the second-level cache.
 inline void fetch(const void* address) { __builtin_prefetch(address, 0, 2); }
@@ -79,6 +81,29 @@ typename Isa::Vec load_some(const Item* items, int count) {
   Item full[Isa::kLanes] = {};
   std::memcpy(full, items, static_cast<std::size_t>(count) * sizeof(Item));
   return Isa::load(full);
+}
+
+// Multiplies each line's sums by its lane of `factors`.
+template <class Isa>
+void rescale(float* weighted, int padded_dim, int num_lines, typename Isa::Vec factors) {
+  alignas(64) float factor[Isa::kLanes];
+  Isa::store(factor, factors);
+  for (int g = 0; g < num_lines; ++g) {
+    float* row = weighted + g * padded_dim;
+    for (int d = 0; d < padded_dim; d += Isa::kLanes) {
+      Isa::store(row + d, Isa::multiply(Isa::load(row + d), Isa::all(factor[g])));
+    }
+  }
+}
+
+// To a softmax over nothing. `num_lanes`: of peak and total.
+inline void clear_partial(const Partial& partial, std::size_t num_lines, std::size_t padded_dim,
+                          std::size_t num_lanes) {
+  std::memset(partial.weighted, 0, num_lines * padded_dim * sizeof(float));
+  for (std::size_t i = 0; i < num_lanes; ++i) {
+    partial.peak[i] = kLowest;
+    partial.total[i] = 0.0F;
+  }
 }
 
 }  // namespace

@@ -99,7 +99,7 @@ struct CpuAttention::State {
 
   std::mutex one_call;  // guards what follows
   AttentionPlan plan;
-  Scratch queries;   // groups, KV heads, lines, padded_dim
+  Scratch queries;   // see AttentionPlan::queries_at
   Scratch partials;  // see AttentionPlan::partial
   Counters runs_left;
 };
@@ -117,43 +117,24 @@ struct Call {
   float* partials;
   Counters& runs_left;
 
-  float* prepared_at(const RowGroup& group, std::size_t kv_head) const {
-    const std::size_t lines_before =
-        group.first_row * queries.num_heads + kv_head * plan.num_lines(group);
-    return prepared + lines_before * plan.padded_dim();
-  }
-
   std::byte* out_at(std::size_t row, std::size_t head) const {
     const std::size_t item = (row * queries.num_heads + head) * shape.head_dim;
     return static_cast<std::byte*>(result.out) + item * bytes_of(result.type);
   }
 
   void prepare_group(const RowGroup& group) const {
-    const LineBlocks blocks(plan.num_lines(group), kernel.block_lines);
-    for (std::size_t kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {
-      for (std::size_t block = 0; block < blocks.num_blocks; ++block) {
-        prepare_block(group, kv_head, blocks.start(block), blocks.start(block + 1));
-      }
-    }
-  }
-
-  void prepare_block(const RowGroup& group, std::size_t kv_head, std::size_t start,
-                     std::size_t end) const {
-    const std::size_t per_kv = plan.heads_per_kv();
-    float* block = prepared_at(group, kv_head) + start * plan.padded_dim();
-    for (std::size_t line = start; line < end; ++line) {
-      const std::byte* query = query_at(group.first_row + line / per_kv,
-                                        kv_head * per_kv + line % per_kv);
-      kernel.prepare({shape.type, query, shape.head_dim, plan.padded_dim(),
-                      queries.scale * std::numbers::log2e, block, end - start, line - start});
-    }
-  }
-
-  const std::byte* query_at(std::size_t row, std::size_t head) const {
-    const std::int64_t item = static_cast<std::int64_t>(row) * queries.row_stride +
-                              static_cast<std::int64_t>(head) * queries.head_stride;
     const auto item_bytes = static_cast<std::int64_t>(bytes_of(shape.type));
-    return static_cast<const std::byte*>(queries.data) + item * item_bytes;
+    const std::int64_t row_bytes = queries.row_stride * item_bytes;
+    const std::int64_t head_bytes = queries.head_stride * item_bytes;
+    const auto* first = static_cast<const std::byte*>(queries.data) +
+                        static_cast<std::int64_t>(group.first_row) * row_bytes;
+    for (std::size_t kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {
+      const auto head = static_cast<std::int64_t>(kv_head * plan.heads_per_kv());
+      kernel.prepare({shape.type, first + head * head_bytes, row_bytes, head_bytes,
+                      plan.heads_per_kv(), plan.num_lines(group), shape.head_dim, plan.padded_dim(),
+                      queries.scale * std::numbers::log2e,
+                      prepared + plan.queries_at(group, kv_head)});
+    }
   }
 
   // The thread that ends the last run of a group and KV head merges them all, in their order.
@@ -163,7 +144,7 @@ struct Call {
     const PageRun run = plan.runs()[group.first_run + unit.run];
     kernel.attend({shape, plan.padded_dim(), unit.kv_head, &plan.pages()[run.first_page],
                    run.end_page - run.first_page, plan.num_lines(group),
-                   prepared_at(group, unit.kv_head), &plan.sees()[group.first_sees],
+                   prepared + plan.queries_at(group, unit.kv_head), &plan.sees()[group.first_sees],
                    plan.partial(partials, group, unit.run, unit.kv_head)});
     const std::size_t target = unit.group * shape.num_kv_heads + unit.kv_head;
     if (runs_left[target].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(group, unit.kv_head);
@@ -209,7 +190,7 @@ void CpuAttention::attend(const KvShape& shape, const PageTables& tables, const 
   State& state = *state_;
   const std::lock_guard alone(state.one_call);
   AttentionPlan& plan = state.plan;
-  plan.make(shape, tables, queries, state.kernel.block_lines);
+  plan.make(shape, tables, queries);
   const auto num_rows = static_cast<std::size_t>(tables.row_starts.back());
   const std::size_t num_lines = num_rows * queries.num_heads;
   const Call call{state.kernel,
@@ -217,7 +198,7 @@ void CpuAttention::attend(const KvShape& shape, const PageTables& tables, const 
                   shape,
                   queries,
                   result,
-                  state.queries.floats(num_lines * plan.padded_dim()),
+                  state.queries.floats(plan.query_floats()),
                   state.partials.floats(plan.scratch_floats()),
                   state.runs_left};
   state.runs_left.make(plan.groups().size() * shape.num_kv_heads);
