@@ -1,4 +1,4 @@
-"""TieredCache: the KV cache of a Hugging Face model, kept by a TierManager."""
+"""TieredCache: the KV cache of a Hugging Face model, kept by a TierManager; PromptLookup: drafts for it."""
 
 from __future__ import annotations
 
@@ -10,5 +10,6 @@ if find_spec("transformers") is None:
     )
 
 from tiermem.integrations.transformers.cache import TieredCache
+from tiermem.integrations.transformers.lookup import Acceptance, PromptLookup
 
-__all__ = ["TieredCache"]
+__all__ = ["Acceptance", "PromptLookup", "TieredCache"]

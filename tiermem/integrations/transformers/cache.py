@@ -149,6 +149,7 @@ class TieredCache(Cache):
         """Empty the cache for another batch; named pages stay in the tiers for `attach`."""
         self._settle()
         self._rows.reset()
+        self._rows.names_wait = False
 
     def close(self) -> None:
         """Close the manager and leave the model as it was. A second call does nothing."""
@@ -223,7 +224,8 @@ class TieredCache(Cache):
         self._select([row for row in range(count) for _ in range(repeats)])
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: everything is kept, so `crop` can always go back."""
+        """Drafts come: tokens of a call get their names by the `crop` that follows it, those that are left."""
+        self._rows.names_wait = True
 
     # ---- calls of the model ------------------------------------------------------------------------
 

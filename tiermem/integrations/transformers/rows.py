@@ -7,6 +7,7 @@ tiermem stores tokens: padding has no K and V.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +17,28 @@ from tiermem.manager import TierManager
 from tiermem.sequence import Sequence
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unnamed:
+    """Tokens of a call that are stored from column `start` on, and get their names in `rows` later."""
+
+    call: Call
+    start: int
+    rows: SequenceOf[int]
+
+
 class Rows:
     """Sequences of the rows of one batch; empty until the first call or `attach` says how many rows there are.
 
-    `reusable` says whether tokens are named, so that others may find their pages.
+    `reusable` says whether tokens are named, so that others may find their pages. `names_wait` says that the last
+    columns of a call may be drafts: its tokens get their names by the `crop` that follows, or whatever else comes
+    next, so that no page with tokens that are rolled back is ever found, nor takes another page's place.
     """
 
     def __init__(self, manager: TierManager, salt: bytes, label: str, reusable: bool) -> None:
         self.sequences: list[Sequence] = []
         self.real: NDArray[np.bool_] = np.ones((0, 0), dtype=np.bool_)
+        self.names_wait = False
+        self._unnamed: Unnamed | None = None
         self._manager = manager
         self._salt = salt
         self._label = label
@@ -49,6 +63,7 @@ class Rows:
         ------
         ValueError: another number of rows than before, or a mask that contradicts what is stored.
         """
+        self._name_waiting()
         if self.columns == 0 and call.rows != len(self.sequences):
             self.reset()
             self._open(call.rows)
@@ -74,11 +89,22 @@ class Rows:
 
     def advance(self, call: Call) -> None:
         """A step has stored the tokens of `call`: count its columns and name its tokens."""
+        start = self.columns
         named = [row for row in range(call.rows) if self._placed_as_stored(call, row)]
         self.real = np.concatenate([self.real, call.real], axis=1)
-        if self._reusable and call.ids is not None:
-            for row in named:
-                self.sequences[row].record(call.ids[row][call.real[row]])
+        self._unnamed = Unnamed(call, start, named)
+        if not self.names_wait:
+            self._name_waiting()
+
+    def _name_waiting(self) -> None:
+        """What is left of the latest call gets its names."""
+        unnamed, self._unnamed = self._unnamed, None
+        if unnamed is None or unnamed.call.ids is None or not self._reusable:
+            return
+        columns = slice(0, self.columns - unnamed.start)
+        for row in unnamed.rows if columns.stop > 0 else ():
+            ids, real = unnamed.call.ids[row], unnamed.call.real[row]
+            self.sequences[row].record(ids[columns][real[columns]])
 
     def _placed_as_stored(self, call: Call, row: int) -> bool:
         """Whether all tokens before are named, and the model counted each new one's position as tiermem does.
@@ -138,6 +164,7 @@ class Rows:
         for sequence, gone in zip(self.sequences, self.real[:, kept:].sum(axis=1), strict=True):
             sequence.rollback(int(gone))
         self.real = self.real[:, :kept]
+        self._name_waiting()
 
     def select(self, rows: SequenceOf[int]) -> None:
         """Row i becomes what row `rows[i]` is now; a row that is chosen twice is forked, others are closed.
@@ -148,6 +175,7 @@ class Rows:
         """
         if not rows or not all(0 <= row < len(self.sequences) for row in rows):
             raise ValueError(f"rows={list(rows)}: each must be 0 to {len(self.sequences) - 1}")
+        self._name_waiting()
         left = dict(enumerate(self.sequences))
         chosen = []
         for row in rows:
@@ -160,6 +188,7 @@ class Rows:
 
     def reset(self) -> None:
         """Close every sequence; pages of named tokens stay in the cache."""
+        self._name_waiting()
         for sequence in self.sequences:
             sequence.close()
         self.sequences = []
