@@ -12,3 +12,4 @@ void bind_checksum(nanobind::module_& module);
 void bind_copies(nanobind::module_& module);
 void bind_kernel_launch(nanobind::module_& module);
 void bind_cpu_attention(nanobind::module_& module);
+void bind_attention_queue(nanobind::module_& module);

@@ -39,4 +39,5 @@ NB_MODULE(_core, module) {
   bind_copies(module);
   bind_kernel_launch(module);
   bind_cpu_attention(module);
+  bind_attention_queue(module);
 }

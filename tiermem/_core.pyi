@@ -817,3 +817,133 @@ class CpuAttention:
         Raises ValueError for shapes that do not fit, and for a page that a row sees whose address
         is 0.
         """
+
+class AttentionStatus(enum.Enum):
+    """How far a job of an AttentionQueue is."""
+
+    PENDING = 0
+    DONE = 1
+    FAILED = 2
+    """Its result is NaN."""
+
+@final
+class AttentionOutcome:
+    """What became of a job."""
+
+    @property
+    def status(self) -> AttentionStatus: ...
+    @property
+    def message(self) -> str:
+        """Why it failed, else empty."""
+
+    @property
+    def waited_s(self) -> float:
+        """From when it was due, all jobs before it ended, until its queries had arrived."""
+
+    @property
+    def attended_s(self) -> float:
+        """From then to its end."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Of K and V that some row sees, each once; 0 if the queries never came."""
+
+    @property
+    def is_reading(self) -> bool:
+        """A thread may still read flag, queries and pages of this failed job: they must stay mapped."""
+
+@final
+class AttentionCounters:
+    """Since construction; bytes and times of what is done."""
+
+    @property
+    def submitted(self) -> int: ...
+    @property
+    def done(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def bytes_read(self) -> int: ...
+    @property
+    def waited_s(self) -> float: ...
+    @property
+    def attended_s(self) -> float: ...
+
+@final
+class AttentionQueue:
+    """Attention that begins when its queries are there and ends by a flag.
+
+    See `native/include/tiermem/attention_queue.h`. No thread of it ever needs the GIL. `num_threads`,
+    `cpus` and `instructions` as CpuAttention, which it owns. Raises as that, and ValueError for a capacity
+    of 0, a deadline not above 0 and a negative time to spin. When it is collected, what has not ended
+    fails, which may take a second.
+    """
+
+    def __init__(
+        self,
+        num_threads: int,
+        *,
+        cpus: Sequence[int] = ...,
+        instructions: AttentionInstructions = ...,
+        capacity: int = ...,
+        deadline_s: float = ...,
+        spin_s: float = ...,
+    ) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def instructions(self) -> AttentionInstructions: ...
+    def submit(
+        self,
+        *,
+        kv_type: FloatType,
+        num_kv_heads: int,
+        page_tokens: int,
+        head_dim: int,
+        slices: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int32] | None,
+        num_pages: npt.NDArray[np.int32],
+        kv_end: npt.NDArray[np.int32],
+        row_starts: npt.NDArray[np.int32],
+        q_start: npt.NDArray[np.int32],
+        q: int,
+        row_stride: int,
+        head_stride: int,
+        num_heads: int,
+        scale: float,
+        window: int | None,
+        out: int,
+        out_type: FloatType,
+        lse: int,
+        ready: tuple[int, int],
+        done: tuple[int, int],
+    ) -> int:
+        """Queue a job and return its ticket at once. Releases the GIL; copies the arrays.
+
+        Arguments as CpuAttention.attend. `ready` and `done` are the address of a 32-bit word and a
+        value: the job begins when the word `ready` has reached its value (as CU_STREAM_WAIT_VALUE_GEQ
+        compares), and `done` is set to its value when the result is there, or is NaN for good.
+
+        Raises ValueError as `attend`, and for flags that are no words; RuntimeError if `capacity` jobs
+        have not ended, while attention overruns its deadline, and after `close`.
+        """
+
+    def poll(self, ticket: int) -> AttentionOutcome:
+        """What became of a job; not PENDING once its `done` was seen.
+
+        Raises ValueError for a ticket that was not given out or was forgotten.
+        """
+
+    def cancel(self, ticket: int) -> None:
+        """The job's queries will not come: it fails in its turn, without waiting. Raises as `poll`."""
+
+    def forget(self, ticket: int) -> None:
+        """Drop what is known of a job, which runs all the same. Raises as `poll`."""
+
+    def counters(self) -> AttentionCounters: ...
+    def close(self, timeout_s: float) -> bool:
+        """Refuse new jobs and wait, without the GIL, until all have ended; fail what has not by then.
+
+        False if a thread still reads for one of them a second after `timeout_s`: its pages and
+        queries must then stay mapped. May be called again.
+        """

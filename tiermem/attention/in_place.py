@@ -86,7 +86,7 @@ class InPlaceAttention:
             num_kv_heads=layout.num_kv_heads,
             page_tokens=layout.page_tokens,
             head_dim=layout.head_dim,
-            slices=_slices(pool, layer, tables),
+            slices=slice_addresses(pool, layer, tables),
             starts=None if starts is None else np.ascontiguousarray(starts[:, :max_pages].numpy()),
             num_pages=tables.num_pages.numpy(),
             kv_end=tables.kv_end.numpy(),
@@ -105,7 +105,7 @@ class InPlaceAttention:
         return out, lse
 
 
-def _slices(pool: PoolView, layer: int, tables: PagedTables) -> NDArray[np.int64]:
+def slice_addresses(pool: PoolView, layer: int, tables: PagedTables) -> NDArray[np.int64]:
     """(B, max_pages): the address of each page's layer slice; 0 for slots that the pool does not have."""
     slots = tables.block_table[:, : tables.max_pages].numpy().astype(np.int64)
     item_bytes = pool.data.element_size()
