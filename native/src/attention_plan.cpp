@@ -7,9 +7,9 @@
 namespace tiermem {
 namespace {
 
-// Lines that share one pass over a run. Their queries and sums, 2 x 128 KiB for head_dim 128, stay in the
+// Lines that share one pass over a run. Their queries and sums, 2 x 64 KiB for head_dim 128, stay in the
 // second-level cache, and arithmetic outweighs reading K and V long before.
-constexpr std::size_t kGroupLines = 256;
+constexpr std::size_t kGroupLines = 128;
 
 // A unit costs about as much as reading this many bytes of K and V, or a share of all: enough units for
 // an even division among dozens of threads, few enough that starting one and merging its result do not count.

@@ -1,8 +1,9 @@
-// What the attention kernels share over a set of vector instructions `Isa`, which the including file defines.
+// What the attention kernels share over a set of vector instructions `Isa`, which the including file
+// defines.
 //
 // Everything here, and in the headers that include this one, is in an unnamed namespace and uses no inline
-// function of the standard library: it is compiled for instructions that not every processor has, and must not
-// become the program's copy of anything.
+// function of the standard library: it is compiled for instructions that not every processor has, and must
+// not become the program's copy of anything.
 //
 // Isa has: Vec; kLanes (a power of two, at most kMostLanes); kBlockLines (at most kLanes and
 // kMostBlockLines); kSums, accumulators that fit the registers beside operands; kPanelTokens (a divisor
@@ -35,7 +36,8 @@ struct Bfloat {
 constexpr int kLineBytes = 64;  // of the caches
 constexpr float kLowest = -3.402823466e+38F;
 constexpr float kInfinity = __builtin_inff();
-constexpr float kRescaleAbove = 8.0F;  // how far scores, in base 2, may exceed the peak: see attention_block.h
+// How far scores, in base 2, may exceed the peak: see attention_block.h.
+constexpr float kRescaleAbove = 8.0F;
 
 // Into the second-level cache.
 inline void fetch(const void* address) { __builtin_prefetch(address, 0, 2); }

@@ -47,11 +47,12 @@ void check_case(CpuAttention& attention, const Shape& shape, std::uint64_t seed)
 
 void every_head_dim_and_type(CpuAttention& attention) {
   for (const FloatType type : kTypes) {
-    for (const std::size_t head_dim : {1, 3, 8, 13, 16, 24, 40, 56, 64, 72, 80, 96, 120, 128, 136, 200, 256}) {
+    for (const std::size_t head_dim :
+         {1, 3, 8, 13, 16, 24, 40, 56, 64, 72, 80, 96, 120, 128, 136, 200, 256, 264}) {
       Shape shape;
       shape.type = type;
       shape.head_dim = head_dim;
-      shape.rows = {1, 3};
+      shape.rows = {1, 9};
       shape.stored = {37, 70};
       check_case(attention, shape, head_dim);
     }
