@@ -113,7 +113,8 @@ class AttentionQueue {
   // Copies shape and tables and returns at once. It never waits for room: the jobs ahead may wait for GPU
   // work that the caller is yet to enqueue.
   // REQUIRES, not checked: queries, pages, result and flags stay as AttentionJob says until the job has
-  // ended; queries and pages beyond that while AttentionOutcome::is_reading.
+  // ended; queries and pages beyond that while AttentionOutcome::is_reading. No result lies where another
+  // job's may still be read or written: a failure writes the results of all jobs that have not ended.
   // Throws std::invalid_argument for what CpuAttention::attend refuses, sizes below 1, heads that do not
   // fit, and flags without or at an odd address; QueueFullError; std::runtime_error while
   // attention overruns a deadline; std::logic_error after close(). Nothing was queued then.
