@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tiermem.cli import long_context
+from tiermem.cli.bench_options import add_results
 from tiermem.cli.options import CommandParser, Commands
-from tiermem.units import Size, SizeKind
 
 NAME = "bench"
-DEFAULT_TOLERANCE = 0.10
 
 DESCRIPTION = """\
 Measure tiermem on this machine, and in the same run what the machine could do at most.
@@ -22,6 +22,8 @@ examples:
   tiermem bench all --save now.jsonl                  everything; a few minutes
   tiermem bench copy --quick                          a preview
   tiermem bench all --compare then.jsonl              exit code 1 if something became 10% worse
+  tiermem bench long-context --model 33b --context 128k --gpu 8GiB --synthetic-kv
+                                                      one request larger than the GPU; not part of all
   tiermem bench plot now.jsonl --out plots            a figure of the saved results
   tiermem bench table now.jsonl --into README.md      tables between <!-- bench:NAME --> and <!-- /bench -->
 
@@ -53,6 +55,7 @@ def add_parser(commands: Commands[CommandParser]) -> None:
     )
     for name, text in QUESTIONS.items():
         _add_measuring(kinds, name, text)
+    long_context.add_parser(kinds)
     _add_plot(kinds)
     _add_table(kinds)
 
@@ -61,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command; returns the exit code."""
     from tiermem.cli import bench_view
 
+    if options.benchmark == long_context.NAME:
+        return long_context.run(options)
     if options.benchmark == PLOT:
         return bench_view.plot(options.files, options.out)
     if options.benchmark == TABLE:
@@ -83,18 +88,7 @@ def _add_measuring(kinds: Commands[CommandParser], name: str, text: str) -> None
     parser.add_argument(
         "--pool-size", metavar="SIZE", help="of the pools whose start-up is timed (8GiB)"
     )
-    parser.add_argument("--save", metavar="FILE", type=Path, help="write the results there")
-    parser.add_argument("--compare", metavar="FILE", type=Path, help="compare with saved results")
-    parser.add_argument(
-        "--tolerance",
-        metavar="SHARE",
-        type=_share,
-        default=DEFAULT_TOLERANCE,
-        help="how much worse than --compare a figure may be (10%%)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one line of JSON a result and nothing else"
-    )
+    add_results(parser)
 
 
 def _add_plot(kinds: Commands[CommandParser]) -> None:
@@ -122,15 +116,3 @@ def _add_table(kinds: Commands[CommandParser]) -> None:
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit code 1 if --into is out of date"
     )
-
-
-def _share(text: str) -> float:
-    """A share of 1, as 10% or 0.1."""
-    wanted = "must be a share such as 10% or 0.1, from 0.0001% to 100%"
-    try:
-        size = Size.parse(float(text) if text.replace(".", "", 1).isdigit() else text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} {wanted}") from None
-    if size.kind is not SizeKind.FRACTION:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} {wanted}")
-    return size.fraction

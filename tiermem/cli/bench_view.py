@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tiermem.bench.compare import Comparison, compare
 from tiermem.bench.environment import commit, describe
 from tiermem.bench.markdown import fill_markers, markdown_tables
 from tiermem.bench.plot import draw
-from tiermem.bench.result import line_of
+from tiermem.bench.result import Result, line_of
 from tiermem.bench.result_file import SavedResult, check_writable, read_results, write_results
 from tiermem.bench.run import Run, Scale, open_ceilings
 from tiermem.bench.suite import ALL, BENCHMARKS, run_suite
@@ -31,13 +31,22 @@ WORSE = 1
 DEFAULT_POOL_BYTES = {Scale.FULL: 8 << 30, Scale.QUICK: 64 << 20}
 
 
+Lines = Callable[[Sequence[Result], "int | None"], "list[str]"]
+"""Results as text of at most so many columns."""
+
+
 def measure(options: argparse.Namespace) -> int:
     """Run what the options name; 1 if it compares worse, else 0."""
+    return report(options, _results(options), result_lines)
+
+
+def report(options: argparse.Namespace, saved_results: Iterable[SavedResult], lines: Lines) -> int:
+    """Take results as they come, then show, save and compare them as the options say; 1 if worse, else 0."""
     before = None if options.compare is None else read_results(options.compare)
     if options.save is not None:
         check_writable(options.save)
     found = []
-    for saved in _results(options):
+    for saved in saved_results:
         found.append(saved)
         if options.json:
             print(line_of(saved.to_json()), flush=True)
@@ -45,7 +54,7 @@ def measure(options: argparse.Namespace) -> int:
     results = [saved.result for saved in found]
     if not options.json:
         width = terminal_width(sys.stdout)
-        print("\n".join([*environment_lines(found[0], width), "", *result_lines(results, width)]))
+        print("\n".join([*environment_lines(found[0], width), "", *lines(results, width)]))
     if options.save is not None:
         write_results(options.save, found)
     if before is None:

@@ -18,6 +18,7 @@ from tiermem.device.copy_measure import MeasurableDevice
 from tiermem.device.copy_rates import CopyMethod
 from tiermem.device.host import host_free_bytes
 from tiermem.device.protocol import Addresses, Device, DeviceKind, Direction, Memory
+from tiermem.measure.beside_link import BesideLink, beside_link
 from tiermem.measure.products import ProductCosts, product_costs
 from tiermem.measure.timing import time_device, time_host
 
@@ -92,6 +93,7 @@ class Ceilings:
         self._effort = effort
         self._known: dict[tuple[object, ...], float] = {}
         self._products: dict[torch.dtype, ProductCosts] = {}
+        self._beside: dict[int, BesideLink] = {}
         on_gpu = device.kind is DeviceKind.CUDA
         self._reductions = {**GPU_REDUCTIONS, **_compiled()} if on_gpu else CPU_REDUCTIONS
         self._hot = device.allocate(
@@ -184,6 +186,29 @@ class Ceilings:
         """
         with _threads(threads):
             return self._once("ram copy", threads, measure=self._measure_ram_copy)
+
+    def ram_beside_link(self, threads: int) -> BesideLink:
+        """Bytes/s at which `threads` threads read host memory while the link streams to the device.
+
+        Raises
+        ------
+        ValueError: `threads` is below 1, or the device copies while the host waits.
+        """
+        if self._device.kind is not DeviceKind.CUDA:
+            raise ValueError(f"{self._device.name}: copies nothing beside the host")
+        if threads not in self._beside:
+            alone = BesideLink(
+                self.ram_read_rate(threads), self.link_rate(Direction.HOST_TO_DEVICE)
+            )
+            with _threads(threads), _by_dma(self._device):
+                found = [
+                    beside_link(
+                        self._device, self._hot, self._host, way, alone, self._effort.repeats
+                    )
+                    for way in CPU_REDUCTIONS.values()
+                ]
+            self._beside[threads] = max(found, key=lambda each: each.total)
+        return self._beside[threads]
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of products of large square matrices of random numbers."""

@@ -1,0 +1,142 @@
+"""Rows: the results of one case, and how they are found again among those of a run or of joined files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tiermem.bench.long_context import NAME
+from tiermem.bench.long_context.decoding import Decoded, Traffic
+from tiermem.bench.long_context.rates import MachineRates
+from tiermem.bench.result import GIGA, Better, Ceiling, Parameters, Result, Subject, measured
+
+DECODE = "decode"
+STEP = "step"
+NOT_RESIDENT = "a step: not resident"
+ATTENDED_MS = "step: CPU attention"
+LINK_MS = "step: streamed bytes at the link's rate"
+OTHER_MS = "step: all other work, by itself"
+OVER_STREAMING = "over streaming all that is not resident"
+WITH_OTHER = "decode, against the ceiling and other work"
+LOGITS, OUTPUT = "difference of logits", "difference of attention from float64"
+
+SHARED_TARGET, LINK_TARGET = 80.0, 97.0
+"""Percent of the ceiling, with and without the CPU's share."""
+STREAMING_TARGET = 2.5
+PART = "a part of a step; see decode"
+RATIO = "a ratio has no ceiling"
+ERROR = "an error has no ceiling; see the budget"
+MILLI = 1e-3
+VARYING = ("context", "gpu_bytes")
+"""Parameters that differ within a sweep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aims:
+    """Whether figures have aims: full ones of a GPU, of the shape that they were set for."""
+
+    apply: bool
+
+    def of(self, value: float) -> float | None:
+        """`value`, or None."""
+        return value if self.apply else None
+
+
+def case_results(
+    parameters: Parameters,
+    done: Decoded,
+    moved: Traffic,
+    rates: MachineRates,
+    other_s: float,
+    aims: Aims,
+    note: str,
+) -> Iterator[Result]:
+    """The rows of one case with the tiers in use."""
+    ceiling = rates.ceiling(moved)
+    shared = moved.attended > 0
+    target = aims.of(SHARED_TARGET if shared else LINK_TARGET)
+    subject = Subject(
+        NAME, DECODE, parameters, "tokens/s",
+        target_percent=None if ceiling is None else target, note=note,
+    )  # fmt: skip
+    yield measured(subject, done.rates, ceiling or "everything is resident")
+    if ceiling is not None:
+        whole = Ceiling(
+            f"{ceiling.name}, and then all other work", 1 / (rates.least_s(moved) + other_s)
+        )
+        yield measured(Subject(NAME, WITH_OTHER, parameters, "tokens/s"), done.rates, whole)
+        ratios = [rate * moved.not_resident / rates.link for rate in done.rates]
+        subject = Subject(
+            NAME, OVER_STREAMING, parameters, "x",
+            budget=aims.of(STREAMING_TARGET) if shared else None,
+        )  # fmt: skip
+        yield measured(subject, ratios, RATIO)
+    yield from _times(parameters, done, moved, rates, other_s)
+    yield from _bytes(parameters, moved)
+
+
+def plain_result(
+    name: str, parameters: Parameters, done: Decoded, ceiling: Ceiling | str, note: str = ""
+) -> Result:
+    """The row of a baseline."""
+    return measured(Subject(NAME, name, parameters, "tokens/s", note=note), done.rates, ceiling)
+
+
+def error_result(name: str, parameters: Parameters, worst: float, tolerance: float) -> Result:
+    """The row of a check that was passed."""
+    subject = Subject(NAME, name, parameters, "of the norm", Better.LOWER, budget=tolerance)
+    return measured(subject, [worst], ERROR)
+
+
+def _times(
+    parameters: Parameters, done: Decoded, moved: Traffic, rates: MachineRates, other_s: float
+) -> Iterator[Result]:
+    link_s = (moved.streamed + moved.promoted) / rates.link
+    for name, values in (
+        (STEP, list(done.seconds)),
+        (ATTENDED_MS, [moved.attended_s]),
+        (LINK_MS, [link_s]),
+        (OTHER_MS, [other_s]),
+    ):
+        subject = Subject(NAME, name, parameters, "ms", Better.LOWER)
+        yield measured(subject, [value / MILLI for value in values], PART)
+
+
+def _bytes(parameters: Parameters, moved: Traffic) -> Iterator[Result]:
+    in_tiers = {f"K and V in {name}": num_bytes for name, num_bytes in moved.in_tiers.items()}
+    for name, num_bytes in {
+        NOT_RESIDENT: moved.not_resident,
+        "a step: streamed": moved.streamed + moved.promoted,
+        "a step: attended by the CPU": moved.attended,
+        **in_tiers,
+    }.items():
+        subject = Subject(NAME, name, parameters, "GB", Better.LOWER)
+        yield measured(subject, [num_bytes / GIGA], PART)
+
+
+# ---- finding them again ---------------------------------------------------------------------------
+
+
+def find(case: Sequence[Result], name: str) -> float | None:
+    """The median of the row `name` of one case; None where there is none."""
+    for result in case:
+        if result.subject.name == name and result.figures is not None:
+            return result.figures.median
+    return None
+
+
+def groups(
+    results: Sequence[Result],
+) -> Iterator[tuple[dict[str, str | int | float], list[list[Result]]]]:
+    """Sweeps: what their cases have in common, and the rows of each case, in the order of the results."""
+    sweeps: dict[str, dict[str, list[Result]]] = {}
+    commons: dict[str, dict[str, str | int | float]] = {}
+    for result in results:
+        given = result.subject.parameters
+        if result.subject.benchmark != NAME or not set(VARYING) <= set(given):
+            continue
+        common = {key: value for key, value in given.items() if key not in VARYING}
+        commons.setdefault(str(common), common)
+        sweeps.setdefault(str(common), {}).setdefault(str(given), []).append(result)
+    for key, cases in sweeps.items():
+        yield commons[key], list(cases.values())
