@@ -46,6 +46,16 @@ def store_fixture(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Co
     store.close()
 
 
+def read_slices(
+    store: ColdStore, slots: np.ndarray, layer: int, addresses: np.ndarray
+) -> np.ndarray:
+    """Read one layer of some pages and wait; which of them are intact."""
+    transfer = store.read_slices(slots, layer, addresses)
+    transfer.wait()
+    transfer.poll()
+    return store.verify(transfer)
+
+
 def at(pages: Bytes) -> np.ndarray:
     return pages.ctypes.data + np.arange(pages.size // SLOT, dtype=np.int64) * SLOT
 
@@ -124,7 +134,7 @@ def test_slices_are_read_in_parts_too(store: ColdStore, rng: np.random.Generator
     asked = rng.permutation(NUM_SLOTS).astype(np.int64)
     places = target.ctypes.data + np.arange(NUM_SLOTS, dtype=np.int64) * size
     for layer in range(LAYOUT.num_layers):
-        assert store.read_slices(asked, layer, places).all()
+        assert read_slices(store, asked, layer, places).all()
         for i, slot in enumerate(asked.tolist()):
             start = slot * SLOT + layer * size
             assert np.array_equal(target[i * size :][:size], pages[start : start + size])
@@ -242,7 +252,7 @@ def test_a_failed_slice_is_told_after_all_parts(faulty: ColdStore, faults: Fault
     move(faulty.write(every, at(pages), [None] * 9))
     faults.fail(FileCall.READ, first=faults.num_calls(FileCall.READ) + 2, error=errno.EIO)
     with pytest.raises(TransferError, match="Input/output error"):
-        faulty.read_slices(every, 1, at(pages))
+        read_slices(faulty, every, 1, at(pages))
     assert faulty._engine.counters().in_flight == 0
 
 
@@ -281,7 +291,7 @@ def test_an_engine_that_broke_down_fails_transfers(
             move(transfer)
         assert real.counters().in_flight == 0
     for call in (
-        lambda: faulty.read_slices(every, 1, at(pages)),
+        lambda: read_slices(faulty, every, 1, at(pages)),
         lambda: faulty.write_slices(every, 1, at(pages)),
         lambda: faulty.finish_slices(every, [None] * 9, np.zeros((9, 3), dtype=np.uint64)),
     ):
@@ -376,7 +386,7 @@ def test_nothing_goes_through_the_page_cache_where_direct_io_works(
     slots = rng.permutation(NUM_SLOTS).astype(np.int64)
     move(store.write(slots, at(pages), [None] * NUM_SLOTS))
     move(store.read(slots, at(pages)))
-    assert store.read_slices(slots, 1, at(pages)).all()
+    assert read_slices(store, slots, 1, at(pages)).all()
     assert resident_pages(store.path / "slots") == 0
     (store.path / "slots").read_bytes()  # as a buffered reader leaves it
     assert resident_pages(store.path / "slots") > 0

@@ -106,6 +106,7 @@ class World:
             low_watermark=0.2,
             high_watermark=0.4,
             cpu_share=self.random.choice([None, 0.0, 0.4, 1.0]),
+            cpu_threads=1,
         )
         self.manager = TierManager(LAYOUT, config, model_id="world", device=self.device)
         self.core = self.manager._core

@@ -248,8 +248,9 @@ class Step:
         )  # fmt: skip
         if self._ram_tables is not None:
             out, lse = self._attend_in_ram(layer, q, scale, window, out, lse)
-        for chunk in self._chunks:
+        for i, chunk in enumerate(self._chunks):
             self._fill(chunk, layer)
+            self._read_ahead(i, layer)
             part, part_lse = backend.attend(
                 ring.view, layer, q[chunk.rows], chunk.tables,
                 scale=scale, window=window, out_dtype=torch.float32,
@@ -259,6 +260,13 @@ class Step:
                 [out[chunk.rows], part], [lse[chunk.rows], part_lse], torch.float32
             )
         return out.to(q.dtype)
+
+    def _read_ahead(self, i: int, layer: int) -> None:
+        """Start what comes from the SSD for the chunk after number `i`: of this layer, or the next one's first."""
+        following = layer if i + 1 < len(self._chunks) else layer + 1
+        if following < self._core.layout.num_layers:
+            chunk = self._chunks[(i + 1) % len(self._chunks)]
+            self._core.ring.read_ahead(chunk.half, following, chunk.ids, chunk.tiers)
 
     def _attend_in_ram(
         self,
@@ -344,6 +352,7 @@ class Step:
         core = self._core
         self._plan = None
         self._kv = None
+        core.ring.drop_ahead()
         event = core.device.compute_stream().record()
         if replaced is not None:
             core.in_flight.add(StepWork(core, plan, event))

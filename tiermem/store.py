@@ -163,8 +163,11 @@ class ColdStore:
 
     # ---- one layer's slices ------------------------------------------------------------------------
 
-    def read_slices(self, slots: _Int64s, layer: int, addresses: _Int64s) -> NDArray[np.bool_]:
-        """Read `layer` of the pages in `slots` to `addresses` and wait; which of them are intact."""
+    def read_slices(self, slots: _Int64s, layer: int, addresses: _Int64s) -> StoreTransfer:
+        """Start reading `layer` of the pages in `slots` to `addresses`; they are data only after `verify`.
+
+        Waits for the trailers of pages whose checksums are not known yet.
+        """
         self._load_layer_sums(slots)
 
         def check(places: _Int64s) -> NDArray[np.bool_]:
@@ -177,9 +180,7 @@ class ColdStore:
         for places in parts_of(slots, self.layout.layer_bytes):
             operations = self._slices(slots, layer, addresses, places)
             transfer.start_part(self._engine.submit_read, operations, places)
-        transfer.wait()
-        transfer.poll()
-        return self.verify(transfer)
+        return transfer
 
     def write_slices(self, slots: _Int64s, layer: int, addresses: _Int64s) -> NDArray[np.uint64]:
         """Write one layer of pages that are being filled, wait, and return the slices' checksums."""

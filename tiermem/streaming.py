@@ -7,6 +7,7 @@ Every use of a half waits, on the device, for the uses before it.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,15 +18,31 @@ from tiermem.device.protocol import Device, Direction, Event, Memory, Stream
 from tiermem.errors import CorruptPageError, TransferError
 from tiermem.layout import SLOT_ALIGN_BYTES, PageLayout, round_up
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
-from tiermem.store import ColdStore
+from tiermem.store import ColdStore, StoreTransfer
 from tiermem.trace import traced
 from tiermem.transfer import Mover
 
 NUM_HALVES = 2
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """Slices on their way from the SSD to the first buffers of a half."""
+
+    layer: int
+    ids: Ids
+    transfer: StoreTransfer
+
+    def is_of(self, layer: int, ids: Ids) -> bool:
+        """Whether it brings `layer` of the pages `ids`."""
+        return self.layer == layer and np.array_equal(self.ids, ids)
+
+
 class Ring:
-    """Staging for slices: `chunk_pages` slices in each half, on the device and, with a store, in pinned RAM."""
+    """Staging for slices: `chunk_pages` slices in each half, on the device and, with a store, in pinned RAM.
+
+    Reads that were started ahead fill the buffers in pinned RAM of their half until they are loaded, or dropped.
+    """
 
     def __init__(
         self,
@@ -62,6 +79,7 @@ class Ring:
             SlotHolds.ONE_LAYER,
         )
         self._users: list[list[Event]] = [[] for _ in range(NUM_HALVES)]
+        self._ahead: dict[int, _Read] = {}
 
     @property
     def device_bytes(self) -> int:
@@ -111,6 +129,23 @@ class Ring:
         self._device.compute_stream().wait_event(loaded)
         loaded.done()  # raises if it is known by now to have failed
 
+    def read_ahead(self, half: int, layer: int, ids: Ids, tiers: Slots) -> None:
+        """Start reading what `load` with the same arguments will take from the SSD; it must be pinned there.
+
+        Waits until earlier copies have left the half's buffers.
+        """
+        chosen = np.flatnonzero(tiers == Tier.SSD)
+        if len(chosen) == 0 or half in self._ahead:
+            return
+        slots = self._table.slots(ids[chosen], Tier.SSD)
+        buffers = self._free_buffers(half, self.slots_of(half, len(ids))[chosen])
+        self._ahead[half] = self._start_read(layer, ids[chosen], slots, buffers)
+
+    def drop_ahead(self) -> None:
+        """Wait for reads that nobody wanted after all; whether they failed does not matter."""
+        for half in list(self._ahead):
+            self._drop(half)
+
     def copy_out(self, half: int, target: Addresses) -> Event:
         """Copy the first slices of `half`, just loaded, to hot memory at `target`; the event behind it."""
         stream = self._mover.to_device
@@ -147,6 +182,7 @@ class Ring:
     def save_cold(self, half: int, count: int, layer: int, dst: Slots) -> np.ndarray:
         """Write them to SSD slots `dst` and wait; the slices' checksums (count,) uint64."""
         assert self._host is not None and self._store is not None
+        self._drop(half)
         buffers = self._host.addresses(self.slots_of(half, count))
         event = self._save_to(half, count, buffers)
         event.wait()
@@ -179,20 +215,45 @@ class Ring:
         if tier != Tier.SSD:
             return self._pools[tier].addresses(slots, layer * self._layout.layer_bytes)
         assert self._host is not None and self._store is not None
-        for event in self._users[half]:
-            # The host is about to write what an earlier copy may still read; whether that one failed
-            # was for its own step to find.
-            with contextlib.suppress(TransferError):
-                event.wait()
-        buffers = self._host.addresses(ring_slots)
-        good = self._store.read_slices(slots, layer, buffers)
+        read = self._ahead.pop(half, None)
+        if read is not None and not read.is_of(layer, ids):
+            self._end(read)
+            read = None
+        if read is None:
+            buffers = self._free_buffers(half, ring_slots)
+            read = self._start_read(layer, ids, slots, buffers)
+        read.transfer.wait()
+        read.transfer.poll()
+        good = self._store.verify(read.transfer)
         if not good.all():
             raise CorruptPageError(
                 f"{int((~good).sum())} pages read from SSD are not what was written there; "
                 f"they were not served",
                 pages=tuple(int(page) for page in ids[~good]),
             )
-        return buffers
+        return self._host.addresses(ring_slots)
+
+    def _free_buffers(self, half: int, ring_slots: Slots) -> Addresses:
+        """Buffers of some slots of `half`, once earlier copies have left them."""
+        assert self._host is not None
+        for event in self._users[half]:
+            # Whether one failed was for its own step to find.
+            with contextlib.suppress(TransferError):
+                event.wait()
+        return self._host.addresses(ring_slots)
+
+    def _start_read(self, layer: int, ids: Ids, slots: Slots, buffers: Addresses) -> _Read:
+        assert self._store is not None
+        return _Read(layer, ids, self._store.read_slices(slots, layer, buffers))
+
+    def _drop(self, half: int) -> None:
+        read = self._ahead.pop(half, None)
+        if read is not None:
+            self._end(read)
+
+    def _end(self, read: _Read) -> None:
+        with contextlib.suppress(TransferError):
+            read.transfer.wait()
 
     def _save_to(self, half: int, count: int, target: Addresses) -> Event:
         stream = self._mover.to_host
