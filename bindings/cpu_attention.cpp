@@ -77,11 +77,12 @@ void bind_cpu_attention(nb::module_& module) {
       .def(
           "__init__",
           [](CpuAttention* self, std::int64_t num_threads, const std::vector<int>& cpus,
-             AttentionInstructions instructions) {
-            new (self) CpuAttention(at_least_one("num_threads", num_threads), cpus, instructions);
+             AttentionInstructions instructions, double spin_s) {
+            new (self) CpuAttention(at_least_one("num_threads", num_threads), cpus, instructions,
+                                    spin_s);
           },
           "num_threads"_a, nb::kw_only(), "cpus"_a = std::vector<int>{},
-          "instructions"_a = AttentionInstructions::automatic)
+          "instructions"_a = AttentionInstructions::automatic, "spin_s"_a = 0.0)
       .def_prop_ro("num_threads", &CpuAttention::num_threads)
       .def_prop_ro("instructions", &CpuAttention::instructions)
       .def("attend", &attend, nb::kw_only(), "kv_type"_a, "num_kv_heads"_a, "page_tokens"_a,

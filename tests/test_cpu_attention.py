@@ -138,6 +138,8 @@ def test_wrong_arguments_of_the_core_are_refused() -> None:
         CpuAttention(0)
     with pytest.raises(ValueError, match="1 cpus: must be 0"):
         CpuAttention(1, cpus=[0])
+    with pytest.raises(ValueError, match="spin_s=-1"):
+        CpuAttention(2, spin_s=-1.0)
     with pytest.raises(OSError, match="cpu -1"):
         CpuAttention(2, cpus=[-1])
     for instructions in set(AttentionInstructions) - {AttentionInstructions.AUTO, *SUPPORTED}:

@@ -768,8 +768,9 @@ class CpuAttention:
     """Attention over pages in host memory, in place; see `native/include/tiermem/cpu_attention.h`.
 
     `num_threads` counts the thread that calls `attend`; `cpus` are what the others are bound to, one
-    each, or none. Raises ValueError for no thread, another number of cpus, or instructions that this
-    processor lacks, OSError for a thread that cannot be had or bound.
+    each, or none. They keep their CPUs for `spin_s` seconds after a call, in case that another comes
+    soon. Raises ValueError for no thread, another number of cpus, instructions that this processor
+    lacks, or `spin_s` not from 0 to 1, OSError for a thread that cannot be had or bound.
     """
 
     def __init__(
@@ -778,6 +779,7 @@ class CpuAttention:
         *,
         cpus: Sequence[int] = ...,
         instructions: AttentionInstructions = ...,
+        spin_s: float = ...,
     ) -> None: ...
     @property
     def num_threads(self) -> int: ...

@@ -91,8 +91,9 @@ bool attention_instructions_supported(AttentionInstructions instructions) noexce
 }
 
 struct CpuAttention::State {
-  State(std::size_t num_threads, const std::vector<int>& cpus, const AttentionKernel& chosen)
-      : kernel(chosen), team(num_threads, cpus) {}
+  State(const AttentionKernel& chosen, std::size_t num_threads, const std::vector<int>& cpus,
+        double spin_s)
+      : kernel(chosen), team(num_threads, cpus, spin_s) {}
 
   const AttentionKernel& kernel;
   WorkerTeam team;
@@ -171,11 +172,11 @@ struct Call {
 }  // namespace
 
 CpuAttention::CpuAttention(std::size_t num_threads, const std::vector<int>& cpus,
-                           AttentionInstructions instructions)
-    : state_(std::make_unique<State>(num_threads, cpus, require_kernel(instructions))) {}
+                           AttentionInstructions instructions, double spin_s)
+    : state_(std::make_unique<State>(require_kernel(instructions), num_threads, cpus, spin_s)) {}
 
 CpuAttention::CpuAttention(std::size_t num_threads, const AttentionKernel& kernel)
-    : state_(std::make_unique<State>(num_threads, std::vector<int>{}, kernel)) {}
+    : state_(std::make_unique<State>(kernel, num_threads, std::vector<int>{}, 0.0)) {}
 
 CpuAttention::~CpuAttention() = default;
 

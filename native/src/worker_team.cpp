@@ -16,6 +16,8 @@
 namespace tiermem {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 // The last units of a job end within one unit's time of each other: shorter than going to sleep.
 constexpr std::chrono::microseconds kWatchTime{50};
 
@@ -54,12 +56,15 @@ struct WorkerTeam::Job {
   std::exception_ptr error;
 };
 
-WorkerTeam::WorkerTeam(std::size_t num_threads, const std::vector<int>& cpus)
-    : process_(::getpid()) {
+WorkerTeam::WorkerTeam(std::size_t num_threads, const std::vector<int>& cpus, double spin_s)
+    : process_(::getpid()), spin_s_(spin_s) {
   if (num_threads == 0) throw std::invalid_argument("num_threads=0: must be at least 1");
   if (!cpus.empty() && cpus.size() != num_threads - 1) {
     throw std::invalid_argument(std::to_string(cpus.size()) + " cpus: must be " +
                                 std::to_string(num_threads - 1) + ", one for each thread started");
+  }
+  if (!(spin_s >= 0.0 && spin_s <= 1.0)) {
+    throw std::invalid_argument("spin_s=" + std::to_string(spin_s) + ": must be 0 to 1");
   }
   try {
     for (std::size_t i = 0; i + 1 < num_threads; ++i) {
@@ -116,8 +121,8 @@ void WorkerTeam::retire() {
     const std::lock_guard lock(mutex_);
     job_ = nullptr;
   }
-  const auto watch_end = std::chrono::steady_clock::now() + kWatchTime;
-  while (num_inside_.load() != 0 && std::chrono::steady_clock::now() < watch_end) pause();
+  const auto watch_end = Clock::now() + kWatchTime;
+  while (num_inside_.load() != 0 && Clock::now() < watch_end) pause();
   // Also after watching: who left last may still hold the mutex.
   std::unique_lock lock(mutex_);
   all_left_.wait(lock, [this] { return num_inside_.load() == 0; });
@@ -137,9 +142,16 @@ void WorkerTeam::share_out(Job& job) noexcept {
   }
 }
 
+void WorkerTeam::watch_for_call(std::uint32_t seen_calls) const noexcept {
+  if (spin_s_ == 0.0) return;
+  const auto end = Clock::now() + std::chrono::duration<double>(spin_s_);
+  while (calls_.load(std::memory_order_relaxed) == seen_calls && Clock::now() < end) pause();
+}
+
 void WorkerTeam::work() noexcept {
   std::uint32_t seen_calls = 0;
   while (true) {
+    watch_for_call(seen_calls);
     calls_.wait(seen_calls);
     seen_calls = calls_.load();
     if (must_exit_.load()) return;

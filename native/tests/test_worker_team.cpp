@@ -30,8 +30,8 @@ void every_unit_is_done_once() {
   }
 }
 
-void jobs_follow_each_other_quickly() {
-  WorkerTeam team(3);
+void jobs_follow_each_other_quickly(double spin_s) {
+  WorkerTeam team(3, {}, spin_s);
   std::size_t sum = 0;
   for (int job = 0; job < 2000; ++job) {
     std::size_t parts[4] = {};
@@ -149,6 +149,8 @@ void a_forked_child_works_alone() {
 void wrong_arguments() {
   CHECK_THROWS(std::invalid_argument, WorkerTeam(0));
   CHECK_THROWS(std::invalid_argument, WorkerTeam(3, {0}));
+  CHECK_THROWS(std::invalid_argument, WorkerTeam(2, {}, -0.1));
+  CHECK_THROWS(std::invalid_argument, WorkerTeam(2, {}, 1.5));
   CHECK_THROWS(std::system_error, WorkerTeam(2, {-1}));
   CHECK_THROWS(std::system_error, WorkerTeam(2, {1 << 20}));
 }
@@ -157,7 +159,8 @@ void wrong_arguments() {
 
 int main() {
   every_unit_is_done_once();
-  jobs_follow_each_other_quickly();
+  jobs_follow_each_other_quickly(0.0);
+  jobs_follow_each_other_quickly(0.0002);
   workers_take_part();
   an_exception_reaches_the_caller();
   a_worker_that_throws();

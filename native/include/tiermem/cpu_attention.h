@@ -68,10 +68,11 @@ struct AttentionKernel;
 
 class CpuAttention {
  public:
-  // `num_threads` and `cpus` as WorkerTeam. Throws what it throws, and std::invalid_argument for
-  // instructions that are not supported.
+  // `num_threads`, `cpus` and `spin_s` as WorkerTeam. Throws what it throws, and std::invalid_argument
+  // for instructions that are not supported.
   explicit CpuAttention(std::size_t num_threads, const std::vector<int>& cpus = {},
-                        AttentionInstructions instructions = AttentionInstructions::automatic);
+                        AttentionInstructions instructions = AttentionInstructions::automatic,
+                        double spin_s = 0.0);
   // For tests, with a kernel of theirs, which must outlive this.
   CpuAttention(std::size_t num_threads, const AttentionKernel& kernel);
   ~CpuAttention();

@@ -18,10 +18,12 @@ class WorkerTeam {
   using Unit = std::function<void(std::size_t unit)>;
 
   // `num_threads` counts the thread that calls run(): one fewer is started. `cpus`: the CPU that each
-  // of those is bound to, in order; empty: the system chooses.
-  // Throws std::invalid_argument for no thread, or cpus of another length;
+  // of those is bound to, in order; empty: the system chooses. `spin_s`: for how long they keep their
+  // CPUs after a job, in case that the next one comes soon; then they sleep.
+  // Throws std::invalid_argument for no thread, cpus of another length, or spin_s not from 0 to 1;
   // std::system_error if a thread cannot be started or bound.
-  explicit WorkerTeam(std::size_t num_threads, const std::vector<int>& cpus = {});
+  explicit WorkerTeam(std::size_t num_threads, const std::vector<int>& cpus = {},
+                      double spin_s = 0.0);
 
   // Waits for a job that is running.
   ~WorkerTeam();
@@ -42,12 +44,14 @@ class WorkerTeam {
   struct Job;
 
   void work() noexcept;
+  void watch_for_call(std::uint32_t seen_calls) const noexcept;
   void stop() noexcept;
   void share_out(Job& job) noexcept;
   void publish(Job& job);
   void retire();
 
   const int process_;   // that the threads belong to
+  const double spin_s_;
   std::mutex one_job_;  // held by run()
 
   // Workers sleep until this changes; it counts jobs, and the order to exit.
