@@ -17,7 +17,7 @@ from tiny_models import (
 )
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from tiermem.integrations.transformers import TieredCache
+from tiermem.integrations.transformers import PromptLookup, TieredCache
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 TIE = 1e-3
@@ -121,6 +121,57 @@ def test_results_of_replays_are_the_callers_own() -> None:
     everything = model(torch.cat([ids, ids[:, :8]], 1)).logits
     for i, logits in enumerate(results):
         torch.testing.assert_close(logits[:, 0], everything[:, 20 + i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gpu_pages", [6, 80])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafted_tokens_in_fp32(family: str, gpu_pages: int, tmp_path: Path) -> None:
+    """Streamed, and all hot: calls of several tokens run as they are, those without a draft are replayed."""
+    model = tiny_model(family, 37).cuda()
+    ids = random_ids(1, 25, 9).repeat(1, 6).cuda()
+    arguments = {"do_sample": False, "max_new_tokens": 80}
+    expected = reference(model, ids, **arguments)
+    with TieredCache(
+        model, tiers(model, gpu_pages, 12, tmp_path), page_tokens=PAGE_TOKENS
+    ) as cache:
+        lookup = PromptLookup(8)
+        out = model.generate(ids, past_key_values=cache, custom_generate=lookup, **arguments)
+        assert torch.equal(out, expected)
+        assert lookup.acceptance.drafted_tokens > 0
+        assert cache.get_seq_length() == out.shape[1] - 1
+        again = {"do_sample": False, "max_new_tokens": 30, "attention_mask": torch.ones_like(out)}
+        plain = reference(model, out, **again)
+        for decoding in ({}, {"custom_generate": PromptLookup(31)}):
+            assert torch.equal(
+                model.generate(out, past_key_values=cache, **again, **decoding), plain
+            )
+            cache.crop(out.shape[1] - 1 - cache.get_seq_length())
+        assert cache._decode.num_graphs == (1 if gpu_pages == 80 else 0)
+        cache.manager.check()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_drafted_tokens_in_fp16_up_to_ties(tmp_path: Path) -> None:
+    """Each token is the best that transformers' own cache sees after those before it, but for ties."""
+    model = half_model(torch.float16, "cuda")
+    ids = random_ids(1, 300, 4).repeat(1, 4).cuda()
+    lookup = PromptLookup(8)
+    with TieredCache(model, tiers(model, 12, 40, tmp_path), page_tokens=PAGE_TOKENS) as cache:
+        out = model.generate(
+            ids, past_key_values=cache, custom_generate=lookup, do_sample=False, max_new_tokens=200
+        )
+    plain = DynamicCache(config=model.config)
+    ties, new = 0, ids
+    for i in range(ids.shape[1], out.shape[1]):
+        logits = model(new, past_key_values=plain, logits_to_keep=1).logits[0, -1].float()
+        new = out[:, i : i + 1]
+        gap = float(logits.max() - logits[out[0, i]])
+        assert gap < TIE, f"chose a token whose logit is {gap} below the best"
+        ties += gap > 0
+    print(f"ties below {TIE}: {ties} of 200 tokens; {lookup.acceptance}")  # noqa: T201
+    assert ties <= 10
 
 
 @torch.no_grad()

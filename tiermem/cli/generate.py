@@ -22,6 +22,7 @@ examples:
   tiermem generate --model DIR --prompt "Once upon a time" --max-new-tokens 50 --temperature 0.8 --seed 1
   tiermem generate --model DIR --prompt-file book.txt --ssd 10GiB --ssd-path cache/   # reused by the next run
   tiermem generate --model DIR --prompt-file book.txt --gpu 2MiB --verify             # compare with no tiers
+  tiermem generate --model DIR --prompt-file code.py --gpu 2MiB --lookup              # several tokens a pass
   tiermem generate --random-weights 7b --prompt-tokens 16384 --gpu 2GiB --ram 16GiB   # a shape, not a text
 
 Sizes: text with a unit ("8GiB", "512MB"), a share of what is free ("50%"), "auto", or 0 for no such tier.
@@ -29,6 +30,10 @@ Without --config and --profile, the profile of the device at hand gives what no 
 Exit code: 0 done, 1 the run failed or --verify found a difference, 2 wrong arguments."""
 
 PAGE_TOKENS = (16, 32, 64, 128)
+
+DRAFT_TOKENS = 8
+MOST_DRAFT_TOKENS = 31
+"""As of PromptLookup, which is not imported for `--help`."""
 
 
 def add_parser(commands: Commands[CommandParser]) -> None:
@@ -120,6 +125,16 @@ def _add_run(parser: CommandParser) -> None:
         metavar="N",
         type=int_from(1, 2**20),
         help="prompt tokens per pass (512 on the CPU, 2048 on a GPU)",
+    )
+    group.add_argument(
+        "--lookup",
+        metavar="N",
+        nargs="?",
+        type=int_from(1, MOST_DRAFT_TOKENS),
+        const=DRAFT_TOKENS,
+        default=0,
+        help=f"draft up to N tokens ({DRAFT_TOKENS}; 1 to {MOST_DRAFT_TOKENS}) from what followed the same words "
+        f"before, keep those that the model would have chosen: the same text in fewer passes (off)",
     )
     group.add_argument(
         "--attach",

@@ -93,7 +93,9 @@ def _run_tiered(
     chunk_tokens = options.prefill_chunk or (
         CPU_CHUNK_TOKENS if model.device.type == "cpu" else GPU_CHUNK_TOKENS
     )
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    sampling = Sampling(
+        options.max_new_tokens, options.temperature, options.top_p, options.seed, options.lookup
+    )
     choices = Choices() if options.verify else None
     writer = Writer(None if options.json else sys.stdout, subject)
     with TieredCache(
@@ -110,7 +112,7 @@ def _run_tiered(
     verdict = None
     if choices is not None:
         watcher = writer.silent_watcher(len(made.token_ids))
-        verdict = verify(model, ids, made.token_ids, choices, chunk_tokens, watcher)
+        verdict = verify(model, ids, made.token_ids, choices, sampling, chunk_tokens, watcher)
     Progress.clear()
     return Summary(
         model=subject.name,
@@ -124,6 +126,7 @@ def _run_tiered(
         load_s=load_s,
         close_s=close_s,
         times=made.times,
+        acceptance=made.acceptance,
         stats=stats,
         verdict=verdict,
     )

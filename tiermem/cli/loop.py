@@ -1,4 +1,7 @@
-"""Loop: one prompt through a model, with any cache: prefill in chunks, then transformers' own generate."""
+"""Loop: one prompt through a model, with any cache: prefill in chunks, then transformers' own generate.
+
+With drafts, for a TieredCache, PromptLookup takes the place of transformers' loop within its generate.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,21 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
+from tiermem.integrations.transformers import Acceptance, PromptLookup
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0: always the likeliest; `top_p` and `seed` matter above 0 only."""
+    """How tokens are chosen. `temperature` 0: always the likeliest; `top_p` and `seed` matter above 0 only.
+
+    `draft_tokens` is the most that is drafted for a pass; it changes how fast tokens come, not which.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    draft_tokens: int = 0
 
     @property
     def is_greedy(self) -> bool:
@@ -55,10 +64,14 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """New token ids, the end-of-text token included where there was one, and how long they took."""
+    """New token ids, the end-of-text token included where there was one, and how long they took.
+
+    `acceptance` says what drafts were good for; None without them.
+    """
 
     token_ids: tuple[int, ...]
     times: Times
+    acceptance: Acceptance | None = None
 
 
 @torch.no_grad()
@@ -83,16 +96,21 @@ def generate(
     start_s = time.perf_counter()
     prefill(model, cache, ids, chunk_tokens, watcher, start_s)
     relay = _Relay(watcher, start_s)
+    lookup = PromptLookup(sampling.draft_tokens, streamer=relay) if sampling.draft_tokens else None
     torch.manual_seed(sampling.seed)
     model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,
-        streamer=relay,
         logits_processor=LogitsProcessorList([processor] if processor else []),
+        **({"streamer": relay} if lookup is None else {"custom_generate": lookup}),
         **sampling.arguments(),
     )
-    return Generated(tuple(relay.token_ids), Times(relay.first_s, relay.last_s))
+    return Generated(
+        tuple(relay.token_ids),
+        Times(relay.first_s, relay.last_s),
+        None if lookup is None else lookup.acceptance,
+    )
 
 
 def prefill(
@@ -131,16 +149,16 @@ class _Relay(BaseStreamer):
         self._saw_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
-        """transformers gives the prompt first, then each token."""
+        """The prompt comes first, then each token, or all those of a pass."""
         if not self._saw_prompt:
             self._saw_prompt = True
             return
         self.last_s = time.perf_counter() - self._start_s
         if not self.token_ids:
             self.first_s = self.last_s
-        token_id = int(value.flatten()[0])
-        self.token_ids.append(token_id)
-        self._watcher.token(token_id)
+        for token_id in value.flatten().tolist():
+            self.token_ids.append(token_id)
+            self._watcher.token(token_id)
 
     def end(self) -> None:
         """Nothing to do."""

@@ -16,12 +16,16 @@ from tiermem.cli.loop import Times
 from tiermem.cli.manager_text import all_bytes, trouble_text
 from tiermem.cli.table import Table, pairs
 from tiermem.cli.verify import Difference, Verdict
+from tiermem.integrations.transformers import Acceptance
 from tiermem.stats import Stats
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One run. Counts are tokens, times seconds; `verdict` is None where nothing was compared."""
+    """One run. Counts are tokens, times seconds.
+
+    `acceptance` is None where nothing was drafted for, `verdict` where nothing was compared.
+    """
 
     model: str
     device: str
@@ -34,6 +38,7 @@ class Summary:
     load_s: float
     close_s: float
     times: Times
+    acceptance: Acceptance | None
     stats: Stats
     verdict: Verdict | None
 
@@ -61,6 +66,7 @@ class Summary:
             "close_s": self.close_s,
             "prefill_tokens_per_s": _rate(prefilled, self.times.first_token_s),
             "decode_tokens_per_s": _rate(new_tokens - 1, self.decode_s),
+            "lookup": None if self.acceptance is None else _acceptance_json(self.acceptance),
             "kv_bytes": (self.prompt_tokens + new_tokens) * self.token_bytes,
             "stats": self.stats.to_json(),
             "verify": None if self.verdict is None else _verdict_json(self.verdict),
@@ -99,6 +105,10 @@ class Summary:
             ("new", f"{count_text(new_tokens)} tokens"),
             ("first token", f"after {first_s} (prompt: {prefill})"),
             ("then", tokens_rate_text(new_tokens - 1, self.decode_s)),
+        ]
+        if self.acceptance is not None:
+            rows.append(("lookup", acceptance_text(self.acceptance)))
+        rows += [
             (
                 "KV cache",
                 f"{size_text(cache_bytes)}, {cache_bytes / hot_bytes:.1f} times the GPU tier",
@@ -142,6 +152,16 @@ def _flow_table(stats: Stats, seconds: float) -> Table:
     return Table(titles, tuple(rows)) if rows else Table((), ())
 
 
+def acceptance_text(found: Acceptance) -> str:
+    """In one line, what drafts were good for."""
+    if found.tokens_per_pass is None:
+        return "no pass after the prompt's"
+    return (
+        f"{found.tokens_per_pass:.2f} tokens a pass, {count_text(found.passes)} passes; "
+        f"{count_text(found.accepted_tokens)} of {count_text(found.drafted_tokens)} drafted tokens accepted"
+    )
+
+
 def verdict_text(verdict: Verdict | None) -> str:
     """In one line, whether the tokens are those of an untiered run."""
     if verdict is None:
@@ -150,7 +170,8 @@ def verdict_text(verdict: Verdict | None) -> str:
         return f"NO: {_difference_text(verdict.errors[0])}; {len(verdict.errors)} of {verdict.positions} differ"
     same = f"yes: all {verdict.positions} tokens equal those of the untiered run"
     if verdict.ties:
-        return f"{same}, but for {len(verdict.ties)} ties below {verdict.tie_logits:g} in logit"
+        widest = max(found.gap for found in verdict.ties)
+        return f"{same}, but for {len(verdict.ties)} ties, at most {widest:.2g} apart in logit"
     return same if verdict.tie_logits == 0 else f"{same}; no ties"
 
 
@@ -159,6 +180,17 @@ def _difference_text(found: Difference) -> str:
         f"new token {found.position + 1} is {found.tiered}, untiered {found.untiered} "
         f"(logits {found.gap:.2g} apart)"
     )
+
+
+def _acceptance_json(found: Acceptance) -> dict[str, object]:
+    return {
+        "passes": found.passes,
+        "new_tokens": found.new_tokens,
+        "drafted_tokens": found.drafted_tokens,
+        "accepted_tokens": found.accepted_tokens,
+        "acceptance": found.share,
+        "tokens_per_pass": found.tokens_per_pass,
+    }
 
 
 def _verdict_json(verdict: Verdict) -> dict[str, object]:
