@@ -1,4 +1,4 @@
-"""Plot: the results of a file as bars of percent of their ceilings, one panel a benchmark."""
+"""Plot: the results of a file as bars of percent of their ceilings, one panel a benchmark; sweeps as lines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tiermem.bench.result import Result
 from tiermem.bench.result_file import SavedResult
+from tiermem.bench.sweep_plot import HEIGHT_IN, draw_sweep, sweeps
 from tiermem.bench.words import parameters_text, value_text
 from tiermem.errors import ConfigError
 
@@ -37,15 +38,20 @@ def draw(saved: Sequence[SavedResult], target: Path) -> None:
         raise ConfigError(
             "plots need matplotlib: pip install 'tiermem[bench]', or pip install matplotlib"
         ) from error
-    panels = _panels([item.result for item in saved])
+    results = [item.result for item in saved]
+    panels, lines = _panels(results), sweeps(results)
     if not panels:
         raise ConfigError("none of the results has a share to draw: all of them were skipped")
-    heights = [len(rows) * ROW_IN + PANEL_IN for rows in panels.values()]
+    bars = [len(rows) * ROW_IN + PANEL_IN for rows in panels.values()]
+    heights = [*bars, *[HEIGHT_IN] * len(lines)]
     figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.5), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (name, rows) in zip(axes, panels.items(), strict=True):
-        _draw_panel(axis, name, rows)
+    grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
+    for place, (name, rows) in enumerate(panels.items()):
+        _draw_panel(figure.add_subplot(grid[place, :]), name, rows)
+    for place, sweep in enumerate(lines, len(panels)):
+        rates, steps = (figure.add_subplot(grid[place, column]) for column in (0, 1))
+        draw_sweep(rates, steps, sweep)
     figure.suptitle(f"{saved[0].machine}; commit {saved[0].commit[:12]}", fontsize=9)
     try:
         # without a date and with fixed ids: the same results give the same file
