@@ -20,8 +20,10 @@ from tiermem.bench.long_context.case import (
     CpuShare,
     Fill,
     Settings,
+    check_host,
     check_room,
     layout_of,
+    staging_bytes,
 )
 from tiermem.bench.long_context.derived import derived_results, is_derived
 from tiermem.bench.long_context.measurement import Measurement, Place, all_tokens
@@ -49,6 +51,8 @@ from tiermem.units import Size, SizeKind
 FULL = {"context": "128k", "gpu": "8GiB", "new_tokens": "32", "page_tokens": "64"}
 QUICK = {"context": "256,512", "gpu": "96KiB,128KiB", "new_tokens": "4", "page_tokens": "16"}
 QUICK_MODEL = "tiny"
+MOST_WEIGHTS = 0.9
+"""Of free memory: making and running a model needs more than it has weights."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -160,13 +164,13 @@ def _measured(
         note(f"measuring the CPU: {choice.reason}")
     with closing(device):
         shapes = {name: _on(device, _shape(name)) for name in names}
-        for shape in shapes.values():
-            layout = layout_of(shape, shape.dtype, settings.page_tokens)
-            check_room(settings, layout, all_tokens(settings), host_free_bytes())
+        reasons = {name: _why_not(shape, settings, device) for name, shape in shapes.items()}
+        if all(reasons.values()) and not options.predict:
+            raise ConfigError(f"--model {options.model}: {next(iter(reasons.values()))}")
         environment, made_by = describe(device), commit()
         found = [saved.result for saved in kept]
         yield from kept
-        for result in _of_models(options, settings, shapes, device, scale, found):
+        for result in _of_models(options, settings, shapes, reasons, device, scale, found):
             found.append(result)
             yield SavedResult(result, environment, made_by)
         for result in derived_results(found):
@@ -182,6 +186,7 @@ def _of_models(
     options: argparse.Namespace,
     settings: Settings,
     shapes: dict[str, ModelShape],
+    reasons: dict[str, str | None],
     device: Device,
     scale: Scale,
     before: Sequence[Result],
@@ -196,11 +201,11 @@ def _of_models(
     yield from rates.results()
     # the buffers are given back, the rates stay known
     bench = Run(device, scale, ceilings, Path(), 0, Progress.show)
-    pace = _Pace(settings, list(shapes.values()))
+    pace = _Pace(settings, [shape for name, shape in shapes.items() if reasons[name] is None])
     known = frozenset(result.subject.key for result in before)
     place = Place(bench, settings, rates, pace.begins, Progress.pinning, known)
     for name, shape in shapes.items():
-        reason = _why_not(shape, settings, bench)
+        reason = reasons[name]
         if reason is None:
             yield from _of_model(name, shape, place)
         else:
@@ -219,18 +224,26 @@ def _of_model(name: str, shape: ModelShape, place: Place) -> Iterator[Result]:
         torch.cuda.empty_cache()
 
 
-def _why_not(shape: ModelShape, settings: Settings, bench: Run) -> str | None:
-    """Why a model cannot be measured here; None where it can."""
+def _why_not(shape: ModelShape, settings: Settings, device: Device) -> str | None:
+    """Why a model's weights cannot be here; None where they can.
+
+    Raises
+    ------
+    ConfigError: its K and V cannot be, wherever its weights are, or not beside them.
+    """
     layout = layout_of(shape, shape.dtype, settings.page_tokens)
-    reserve = RESERVE_BYTES if bench.on_gpu else 0
-    hot = min(settings.gpu_bytes) + layout.slot_bytes
-    free = bench.device.memory_info().free_bytes if bench.on_gpu else host_free_bytes()
-    if shape.weight_bytes + hot + reserve <= free:
-        return None
-    return (
-        f"predicted only: weights take {shape.weight_bytes / 1e9:.1f} GB in {shape.dtype}, "
-        f"{free / 1e9:.1f} GB are free"
-    )
+    check_room(settings, layout, all_tokens(settings))
+    on_gpu = device.kind is DeviceKind.CUDA
+    hot = max(settings.gpu_bytes) + staging_bytes(settings, layout)
+    free = device.memory_info().free_bytes if on_gpu else host_free_bytes()
+    needed = shape.weight_bytes + hot + (RESERVE_BYTES if on_gpu else 0)
+    if needed > free or shape.weight_bytes > MOST_WEIGHTS * free:
+        return (
+            f"predicted only: weights take {shape.weight_bytes / 1e9:.1f} GB in {shape.dtype}, with "
+            f"the hot tier and work space {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free"
+        )
+    check_host(settings, layout, all_tokens(settings), host_free_bytes())
+    return None
 
 
 def _only_predicted(shape: ModelShape, settings: Settings, reason: str) -> Iterator[Result]:

@@ -147,13 +147,13 @@ def layout_of(shape: ModelShape, dtype: str, page_tokens: int) -> PageLayout:
     return PageLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype, page_tokens)
 
 
-def check_room(settings: Settings, layout: PageLayout, new_tokens: int, host_free: int) -> None:
+def check_room(settings: Settings, layout: PageLayout, new_tokens: int) -> None:
     """Refuse what cannot be, before anything is built.
 
     Raises
     ------
-    ConfigError: a hot budget that is smaller than the staging of streamed layers, a context that all tiers
-        together do not hold, or a RAM tier beyond the host's memory; each with the sizes that are needed.
+    ConfigError: a hot budget that is smaller than the staging of streamed layers, or a context that all tiers
+        together do not hold; each with the sizes that are needed.
     """
     staging = staging_bytes(settings, layout)
     for context in settings.contexts:
@@ -163,15 +163,25 @@ def check_room(settings: Settings, layout: PageLayout, new_tokens: int, host_fre
                 f"synthetic K and V"
             )
         sizes = Sizes.of(layout, context, new_tokens)
-        warm = sizes.warm_bytes(settings)
+        for gpu in settings.gpu_bytes:
+            _check_hot(gpu, staging, layout)
+            _check_tiers(sizes, gpu, sizes.warm_bytes(settings), settings.ssd_bytes)
+
+
+def check_host(settings: Settings, layout: PageLayout, new_tokens: int, host_free: int) -> None:
+    """Refuse a RAM tier that the host has no room for.
+
+    Raises
+    ------
+    ConfigError: naming both sizes.
+    """
+    for context in settings.contexts:
+        warm = Sizes.of(layout, context, new_tokens).warm_bytes(settings)
         if warm > host_free:
             raise ConfigError(
                 f"ram={_text(warm)}: context={context} is to have that much pinned memory, "
                 f"{_text(host_free)} are free; a smaller ram needs ssd"
             )
-        for gpu in settings.gpu_bytes:
-            _check_hot(gpu, staging, layout)
-            _check_tiers(sizes, gpu, warm, settings.ssd_bytes)
 
 
 def staging_bytes(settings: Settings, layout: PageLayout) -> int:

@@ -13,6 +13,8 @@ from tiermem.units import format_bytes
 
 PREDICTED = "predicted"
 MACHINES = ("t4", "h200")
+RAM_SHARE = 0.9
+"""Of the RAM that a machine has left: the benchmark's warm tier takes what a request needs."""
 NO_CEILING = "a prediction has no ceiling"
 
 
@@ -40,9 +42,10 @@ def _widest(shape: ModelShape, context: int, gpu_bytes: int, hardware: Hardware)
     for weights in WeightFormat:
         for gpu in (gpu_bytes, None):
             try:
-                found = predict(Request(shape, context, weights=weights, gpu=gpu), hardware)
+                request = Request(shape, context, weights=weights, gpu=gpu, ram=RAM_SHARE)
+                found = predict(request, hardware)
             except ConfigError:
                 continue  # such a hot tier cannot be there
             if found.fits:
                 return found
-    return predict(Request(shape, context, weights=WeightFormat.INT4), hardware)
+    return predict(Request(shape, context, weights=WeightFormat.INT4, ram=RAM_SHARE), hardware)
