@@ -105,7 +105,7 @@ def test_the_summary_tells_everything(cli: Cli, model_dir: Path) -> None:
     for words in (
         "prompt       300 tokens", "new          12 tokens", "tokens/s", "KV cache     156.0 KiB, 4.9 times",
         "all 12 tokens equal those of the untiered run", "hits", "evicted", "4 of 4", "6 of 6",
-        "RAM to GPU", "SSD to GPU", "streamed", "MB/s",
+        "in RAM       attended ", "SSD to GPU", "streamed", "MB/s",
     ):  # fmt: skip
         assert words in summary, words
     assert "\x1b" not in found.out

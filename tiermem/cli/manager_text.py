@@ -126,7 +126,7 @@ def facts(stats: Stats) -> Table:
         ("model", stats.model_id or NOTHING),
     ]
     if stats.attended_bytes:
-        rows.append(("attended in RAM", _attended_text(stats)))
+        rows.append(("attended in RAM", attended_text(stats)))
     if stats.failed_transfers or stats.corrupt_pages:
         rows.append(("trouble", trouble_text(stats)))
     return pairs(rows)
@@ -178,7 +178,8 @@ def _prefix_text(stats: Stats) -> str:
     )
 
 
-def _attended_text(stats: Stats) -> str:
+def attended_text(stats: Stats) -> str:
+    """Bytes that the CPU attended where they lie in RAM, and how fast."""
     rate = stats.attended_bytes / stats.attended_s / 1e9 if stats.attended_s > 0 else 0.0
     return f"{size_text(stats.attended_bytes)} by the CPU, {rate_text(rate)}"
 

@@ -13,7 +13,7 @@ from tiermem.cli.human import (
     tokens_rate_text,
 )
 from tiermem.cli.loop import Times
-from tiermem.cli.manager_text import all_bytes, trouble_text
+from tiermem.cli.manager_text import all_bytes, attended_text, trouble_text
 from tiermem.cli.table import Table, pairs
 from tiermem.cli.verify import Difference, Verdict
 from tiermem.integrations.transformers import Acceptance
@@ -115,6 +115,8 @@ class Summary:
             ),
             ("time", f"{load} loading, {generate} generating, {close} closing"),
         ]
+        if stats.attended_bytes:
+            rows.append(("in RAM", f"attended {attended_text(stats)}"))
         if stats.failed_transfers or stats.corrupt_pages:
             rows.append(("trouble", trouble_text(stats)))
         rows.append(("verified", verdict_text(self.verdict)))
