@@ -11,6 +11,7 @@ they refuse.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -204,6 +205,30 @@ class FakeCuda:
         assert event in self.events
         self.waits.append((stream, event))
         return (0,)
+
+    def cuStreamWriteValue32(
+        self, stream: int, address: int, value: int, flags: Any
+    ) -> tuple[Any, ...]:
+        self._need_word(address)
+        assert flags == real_driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
+        ctypes.c_uint32.from_address(address).value = value
+        return (0,)
+
+    def cuStreamWaitValue32(
+        self, stream: int, address: int, value: int, flags: Any
+    ) -> tuple[Any, ...]:
+        self._need_word(address)
+        assert flags == real_driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        word = ctypes.c_uint32.from_address(address)
+        while (word.value - value) % 2**32 >= 2**31:
+            time.sleep(1e-5)
+        return (0,)
+
+    def _need_word(self, address: int) -> None:
+        """Memory operations of streams need the context, and a word of pinned memory."""
+        self._need_context()
+        assert address % 4 == 0
+        assert any(start <= address < start + size for start, size in self.pinned.items())
 
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
         self._need_context()

@@ -5,6 +5,8 @@ The CUDA device runs on a fake CUDA too, which finds wrong calls without a GPU b
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 
 from tiermem.device import MEMORY_ALIGN_BYTES, Device, Direction, Event, Memory, Stream
 from tiermem.device.cpu import CpuDevice
+from tiermem.device.host import set_word
 from tiermem.device.simulated import SimulatedDevice
 from tiermem.errors import ClosedError, ConfigError
 
@@ -372,3 +375,38 @@ def test_close_frees_what_is_left_and_ends_the_device(
     for use in uses:
         with pytest.raises(ClosedError):
             use()
+
+
+# ---- words that streams and threads wait for ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [1, 2**31, 2**32 - 1, 0, 3])
+def test_a_word_is_written_and_waited_for(device: Device, value: int) -> None:
+    memory = device.allocate_host(4096)
+    memory.tensor.zero_()
+    words = memory.tensor.view(torch.int32)
+    before = (value - 5) % 2**32
+    words[:2] = torch.tensor([before, before], dtype=torch.int64).to(torch.int32)
+    setter = threading.Timer(0.02, lambda: set_word(memory.address, value + 2))
+    start_s = time.perf_counter()
+    setter.start()
+    device.wait_word(memory.address, value)  # one that has gone past it does as well
+    device.write_word(memory.address + 4, value)
+    device.compute_stream().synchronize()
+    assert time.perf_counter() - start_s >= 0.02
+    assert int(words[1]) % 2**32 == value
+    setter.join()
+    memory.free()
+
+
+def test_a_view_shows_what_the_host_writes(
+    device: Device, request: pytest.FixtureRequest, rng: np.random.Generator
+) -> None:
+    if FAKE in request.node.name:
+        pytest.skip("a fake CUDA has no tensors on a GPU")
+    memory = device.allocate_host(SIZE)
+    view = device.view(memory)
+    assert (view.device, view.shape) == (device.torch_device, (SIZE,))
+    want = fill(memory, rng)
+    assert np.array_equal((view + 0).cpu().numpy(), want)
+    memory.free()

@@ -16,7 +16,9 @@ from tiermem.device.host import (
     host_name,
     host_total_bytes,
     reporting,
+    set_word,
     touch_threads,
+    wait_for_word,
 )
 from tiermem.device.protocol import (
     Addresses,
@@ -124,6 +126,18 @@ class CpuDevice:
             raise TypeError(f"stream={stream!r}: must be a stream of the same device")
         batch = CopyBatch.checked(direction, dst, src, num_bytes)
         move_pieces(batch.dst, batch.src, batch.num_bytes, touch_threads())
+
+    def write_word(self, address: int, value: int) -> None:
+        self.check_open()
+        set_word(address, value)
+
+    def wait_word(self, address: int, value: int) -> None:
+        self.check_open()
+        wait_for_word(address, value)
+
+    def view(self, memory: Memory) -> torch.Tensor:
+        self.check_open()
+        return memory.tensor
 
     def memory_info(self) -> MemoryInfo:
         self.check_open()

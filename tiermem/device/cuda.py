@@ -232,6 +232,18 @@ def wait_event(stream: int, event: RawEvent) -> None:
     _ok("cudaStreamWaitEvent", runtime.cudaStreamWaitEvent(stream, event, 0))
 
 
+def write_word(stream: int, address: int, value: int) -> None:
+    """Let `stream` set a 32-bit word of pinned memory, behind a fence for what it was given before."""
+    flags = driver.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT
+    _ok("cuStreamWriteValue32", driver.cuStreamWriteValue32(stream, address, value % 2**32, flags))
+
+
+def wait_word(stream: int, address: int, value: int) -> None:
+    """Let `stream` wait until a 32-bit word of pinned memory has reached `value`; the host does not wait."""
+    flags = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+    _ok("cuStreamWaitValue32", driver.cuStreamWaitValue32(stream, address, value % 2**32, flags))
+
+
 # ---- what the copy engine needs ------------------------------------------------------------------
 
 

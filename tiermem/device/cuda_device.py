@@ -206,6 +206,22 @@ class CudaDevice:
         with self.current():
             self._engine().submit(batch, stream.handle, owner)
 
+    def write_word(self, address: int, value: int) -> None:
+        self.check_open()
+        stream = torch.cuda.current_stream(self.torch_device).cuda_stream
+        with self.current():
+            cuda.write_word(stream, address, value)
+
+    def wait_word(self, address: int, value: int) -> None:
+        self.check_open()
+        stream = torch.cuda.current_stream(self.torch_device).cuda_stream
+        with self.current():
+            cuda.wait_word(stream, address, value)
+
+    def view(self, memory: Memory) -> torch.Tensor:
+        self.check_open()
+        return as_tensor(memory.address, memory.num_bytes, self.torch_device)
+
     def memory_info(self) -> MemoryInfo:
         self.check_open()
         with self.current():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import platform
 import resource
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +26,9 @@ PIECE_BYTES = 1 << 30
 """Progress of the first touch is told after each of these."""
 MAX_TOUCH_THREADS = 16
 """With huge pages 16 threads touched 64 GB/s of a server's memory, 8 threads 43, 32 no more than 16."""
+
+WORD = 1 << 32
+WORD_NAP_S = 20e-6
 
 
 class HostMemory:
@@ -83,6 +88,18 @@ class HostMemory:
         if self._on_free is not None:
             self._on_free(self)
         self._tensor = None
+
+
+def set_word(address: int, value: int) -> None:
+    """Set a 32-bit word of host memory, after everything that this thread wrote before."""
+    ctypes.c_uint32.from_address(address).value = value % WORD
+
+
+def wait_for_word(address: int, value: int) -> None:
+    """Hold the calling thread until another one has set the word to `value` or past it."""
+    word = ctypes.c_uint32.from_address(address)
+    while (word.value - value) % WORD >= WORD // 2:
+        time.sleep(WORD_NAP_S)
 
 
 def host_free_bytes() -> int:

@@ -232,6 +232,28 @@ class Device(Protocol):
         """
         ...
 
+    def write_word(self, address: int, value: int) -> None:
+        """Set a 32-bit word of this device's host memory to `value`, on the compute stream.
+
+        Who sees it there sees what the stream was given before as well.
+        """
+        ...
+
+    def wait_word(self, address: int, value: int) -> None:
+        """Let the compute stream go on only when a 32-bit word of host memory has reached `value`.
+
+        Reached is (word - value) mod 2^32 < 2^31. Whoever is to set the word must do so in every case.
+        Where work runs as it is given, the caller waits.
+        """
+        ...
+
+    def view(self, memory: Memory) -> torch.Tensor:
+        """This device's host memory as a flat uint8 tensor on `torch_device`, without a copy.
+
+        On a GPU kernels read it over the link. Not to be used after `memory.free()`.
+        """
+        ...
+
     def memory_info(self) -> MemoryInfo:
         """Free and total bytes of hot memory now."""
         ...

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from tiermem.device.copies import CopyBatch, check_num_bytes
-from tiermem.device.host import HostMemory
+from tiermem.device.host import HostMemory, set_word, wait_for_word
 from tiermem.device.protocol import (
     Addresses,
     DeviceKind,
@@ -144,6 +144,18 @@ class SimulatedDevice:
                 stream.run(piece)
         elif pieces:
             stream.give(pieces)
+
+    def write_word(self, address: int, value: int) -> None:
+        self.check_open()
+        set_word(address, value)
+
+    def wait_word(self, address: int, value: int) -> None:
+        self.check_open()
+        wait_for_word(address, value)
+
+    def view(self, memory: Memory) -> torch.Tensor:
+        self.check_open()
+        return memory.tensor
 
     def memory_info(self) -> MemoryInfo:
         self.check_open()
