@@ -195,21 +195,33 @@ def _of_models(
         for shape in shapes.values():
             for context in settings.contexts:
                 yield from predicted_results(shape, context, settings.gpu_bytes[0])
+    fitting = {name: shape for name, shape in shapes.items() if reasons[name] is None}
+    if fitting:
+        yield from _of_fitting(settings, fitting, device, scale, before)
+    for name, reason in reasons.items():
+        if reason is not None:
+            yield from _only_predicted(shapes[name], settings, reason)
+
+
+def _of_fitting(
+    settings: Settings,
+    shapes: dict[str, ModelShape],
+    device: Device,
+    scale: Scale,
+    before: Sequence[Result],
+) -> Iterator[Result]:
+    """The machine's rates, then every model."""
     Progress.show("measuring the machine")
     with open_ceilings(device, scale) as ceilings:
         rates = MachineRates.measure(ceilings, device, settings.cpu_threads)
     yield from rates.results()
     # the buffers are given back, the rates stay known
     bench = Run(device, scale, ceilings, Path(), 0, Progress.show)
-    pace = _Pace(settings, [shape for name, shape in shapes.items() if reasons[name] is None])
+    pace = _Pace(settings, list(shapes.values()))
     known = frozenset(result.subject.key for result in before)
     place = Place(bench, settings, rates, pace.begins, Progress.pinning, known)
     for name, shape in shapes.items():
-        reason = reasons[name]
-        if reason is None:
-            yield from _of_model(name, shape, place)
-        else:
-            yield from _only_predicted(shape, settings, reason)
+        yield from _of_model(name, shape, place)
 
 
 def _of_model(name: str, shape: ModelShape, place: Place) -> Iterator[Result]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
 
-from tiermem.attention.cpus import usable_cpus
 from tiermem.bench.long_context import NAME
 from tiermem.bench.long_context.case import (
     SPARE_PAGES,
@@ -125,8 +125,10 @@ class Measurement:
             **self._parameters(request), "gpu_bytes": case.gpu_bytes, "cpu_share": case.share.text,
         }  # fmt: skip
         share = case.share.value(self._place.rates.beside)
-        note = f"CPU share {share:g}, " if share is not None else ""
-        note += f"{self._settings.cpu_threads or usable_cpus()} threads"
+        threads = self._settings.cpu_threads
+        notes = ["" if share is None else f"CPU share {share:g}"]
+        notes += ["" if threads is None else f"{threads} threads"]
+        note = ", ".join(filter(None, notes))
         if self._is_known(DECODE, parameters):
             return
         text = f"gpu {format_bytes(case.gpu_bytes)}, CPU share {case.share.text}"
@@ -302,9 +304,11 @@ class Measurement:
 
     def _told(self, request: Request) -> Callable[[int], None]:
         progress, total = self._place.bench.progress, request.sizes.context
+        start_s = time.monotonic()
 
         def told(stored: int) -> None:
-            progress(f"filling: {stored:,} of {total:,} tokens ({100 * stored // total}%)")
+            left_s = (time.monotonic() - start_s) * (total - stored) / max(stored, 1)
+            progress(f"filling: {stored:,} of {total:,} tokens, about {left_s:.0f} s left")
 
         return told
 

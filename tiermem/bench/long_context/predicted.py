@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tiermem.bench.long_context import NAME
-from tiermem.bench.result import Parameters, Result, Subject, measured, not_measured
+from tiermem.bench.result import GIGA, Parameters, Result, Subject, measured, not_measured
 from tiermem.errors import ConfigError
 from tiermem.forecast import Forecast, Hardware, Request, WeightFormat, predict
 from tiermem.model_shape import ModelShape
-from tiermem.units import format_bytes
 
 PREDICTED = "predicted"
 MACHINES = ("t4", "h200")
@@ -30,7 +29,7 @@ def predicted_results(shape: ModelShape, context: int, gpu_bytes: int) -> Iterat
             continue
         hot = next(tier.num_bytes for tier in found.budget.tiers if tier.name == "gpu")
         note = (
-            f"{found.request.weights.value} weights, hot tier {format_bytes(hot)}, "
+            f"{found.request.weights.value} weights, hot tier {hot / GIGA:.1f} GB, "
             f"{found.modes[0].mode.value}; limited by {found.limit.value}"
         )
         subject = Subject(NAME, PREDICTED, parameters, "tokens/s", note=note)
