@@ -48,6 +48,7 @@ LAYERS = {
     "step": [
         "tiermem.chunks",
         "tiermem.core",
+        "tiermem.hand_over",
         "tiermem.lease",
         "tiermem.packed",
         "tiermem.resident",

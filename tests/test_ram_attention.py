@@ -142,7 +142,7 @@ def test_a_cpu_that_fails_undoes_the_step_and_no_more(
         raise TransferError("a worker threw")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(ram), "attend", fails)
+        patch.setattr(type(ram), "begin", fails)
         with pytest.raises(TransferError, match="a worker threw"):
             run_step(manager, [text], [1])
     text.k, text.v = kept

@@ -16,17 +16,19 @@ from tiermem.attention.backend import AttentionBackend, backend_for
 from tiermem.attention.cpus import usable_cpus
 from tiermem.attention.host import HostBackend
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, ProductMath
+from tiermem.attention.queued import QueuedAttention
 from tiermem.config import AttentionMath, TierConfig
 from tiermem.core import Core
 from tiermem.device.protocol import Device, DeviceKind, Memory, Progress
 from tiermem.disk_rates import DiskOptions
 from tiermem.errors import ConfigError
+from tiermem.hand_over import HandOver
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.lease import Leases
 from tiermem.pools import SlotPool, Tier
 from tiermem.prefix import Prefixes
-from tiermem.ram_attention import MOST_ROWS, RamAttention, RamPolicy
+from tiermem.ram_attention import MOST_ROWS, DirectAttention, RamAttention, RamPolicy, warm_view
 from tiermem.room import Room, Watermarks
 from tiermem.store import ColdStore
 from tiermem.streaming import NUM_HALVES, Ring
@@ -171,8 +173,12 @@ def _ram_attention(
         return None
     # On the CPU device nothing is gained by copying pages, whatever the number of rows.
     policy = RamPolicy(share, None if on_cpu else MOST_ROWS)
-    host = backend if isinstance(backend, HostBackend) else HostBackend(config.cpu_threads)
-    return RamAttention(layout, pool, host, policy)
+    view = warm_view(layout, pool)
+    if on_cpu and isinstance(backend, HostBackend):
+        return DirectAttention(view, backend, policy)
+    # One CPU is left for the thread that launches.
+    threads = config.cpu_threads or max(1, usable_cpus() - 1)
+    return HandOver(device, view, QueuedAttention(threads, deadline_s=config.io_timeout_s), policy)
 
 
 def _ring_pages(layout: PageLayout, config: TierConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable
@@ -28,6 +29,8 @@ from tiermem.snapshots import Publisher
 from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
 from tiermem.step import Step
 from tiermem.store import ColdStore
+
+log = logging.getLogger("tiermem")
 
 MAX_LABEL = 200
 
@@ -365,6 +368,8 @@ class TierManager:
     def _free(self) -> None:
         core = self._core
         core.in_flight.drain()
+        if core.ram is not None and not core.ram.close(self.config.io_timeout_s):
+            log.error("attention on the CPU did not end: its memory is not given back")
         if self._store is not None:
             self._store.unregister_memory()
         core.mover.free()

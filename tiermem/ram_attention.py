@@ -5,7 +5,9 @@ Only q goes down and the partial result comes up; the pages are not copied.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,39 +42,101 @@ class RamPolicy:
         return places[: round(self.fraction * len(places))]
 
 
-class RamAttention:
-    """Attends over the warm pool in place, by threads of its own.
+@dataclass(frozen=True, slots=True)
+class RamWork:
+    """What the CPU did for a step: bytes of K and V that it read, and the seconds that took."""
 
-    `policy` may be replaced between steps.
-    """
+    num_bytes: int
+    seconds: float
 
-    def __init__(
-        self, layout: PageLayout, pool: SlotPool, backend: HostBackend, policy: RamPolicy
-    ) -> None:
-        self.policy = policy
-        self._backend = backend
-        self._view = PoolView(
-            pool.memory.tensor.view(TORCH_DTYPES[layout.dtype]),
-            layout,
-            pool.slot_bytes // layout.item_bytes,
-            pool.num_slots,
-        )
 
-    def attend(
-        self, layer: int, q: torch.Tensor, tables: PagedTables, scale: float, window: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The partial result over the pages in `tables`, which are on the host.
+class RamAttention(Protocol):
+    """Attends over the warm pool in place, for one step at a time; `policy` may be replaced between steps."""
+
+    policy: RamPolicy
+
+    def tables(self, tables: PagedTables) -> Any:
+        """What `begin` takes, of tables on the host."""
+
+    def begin(
+        self, layer: int, q: torch.Tensor, tables: Any, scale: float, window: int | None
+    ) -> Any:
+        """Start attending, on the compute stream's terms; `result` takes what this returns.
 
         Parameters
         ----------
-        q: (new tokens, q_heads, head_dim), on any device; the host waits for it.
+        q: (new tokens, q_heads, head_dim), on the device.
 
-        Returns
-        -------
-        (new tokens, q_heads, head_dim) and (new tokens, q_heads), both float32, on q's device.
+        Raises
+        ------
+        TransferError: the threads cannot take it.
         """
-        out, lse = self._backend.attend(
-            self._view, layer, q.cpu(), tables,
+
+    def result(self, begun: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The partial result, (new tokens, q_heads, head_dim) and (new tokens, q_heads), float32, on the device.
+
+        Ordering: for the compute stream, and until a few more layers begin.
+        """
+
+    def settle(self) -> RamWork:
+        """End the step: wait for what has begun in it.
+
+        Raises
+        ------
+        TransferError: attention failed; what `result` gave is not to be used.
+        """
+
+    def close(self, timeout_s: float) -> bool:
+        """End the threads; False if the pool must stay mapped, because one of them reads it for ever."""
+
+
+class DirectAttention:
+    """On the CPU device, where nothing is handed over: attends as it is asked."""
+
+    def __init__(self, pool: PoolView, backend: HostBackend, policy: RamPolicy) -> None:
+        self.policy = policy
+        self._pool = pool
+        self._backend = backend
+        self._bytes = 0
+        self._seconds = 0.0
+
+    def tables(self, tables: PagedTables) -> PagedTables:
+        """As they are."""
+        return tables
+
+    def begin(
+        self, layer: int, q: torch.Tensor, tables: PagedTables, scale: float, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend now."""
+        start_s = time.perf_counter()
+        result = self._backend.attend(
+            self._pool, layer, q, tables,
             scale=scale, window=window, out_dtype=torch.float32,
         )  # fmt: skip
-        return out.to(q.device), lse.to(q.device)
+        self._seconds += time.perf_counter() - start_s
+        self._bytes += int(tables.num_pages.sum()) * self._pool.layout.layer_bytes
+        return result
+
+    def result(self, begun: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """It."""
+        return begun
+
+    def settle(self) -> RamWork:
+        """Nothing is left to wait for."""
+        work = RamWork(self._bytes, self._seconds)
+        self._bytes, self._seconds = 0, 0.0
+        return work
+
+    def close(self, timeout_s: float) -> bool:  # noqa: ARG002 - there are no threads of its own
+        """Nothing to end."""
+        return True
+
+
+def warm_view(layout: PageLayout, pool: SlotPool) -> PoolView:
+    """The warm pool as attention sees it."""
+    return PoolView(
+        pool.memory.tensor.view(TORCH_DTYPES[layout.dtype]),
+        layout,
+        pool.slot_bytes // layout.item_bytes,
+        pool.num_slots,
+    )

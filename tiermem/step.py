@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from tiermem import trace
-from tiermem.attention.pool_view import PagedTables
+from tiermem.attention.arguments import check_attend
 from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks, ram_places, ram_tables
 from tiermem.core import Core
 from tiermem.device.protocol import Event
@@ -83,8 +82,7 @@ class Step:
         self._new_tokens = new_tokens
         self._plan: Plan | None = None
         self._chunks: list[Chunk] = []
-        self._ram_tables: PagedTables | None = None
-        self._ram_bytes = 0
+        self._ram_tables: Any = None
         self._checksums: dict[int, list[np.ndarray]] = {}
         self._saves: list[Event] = []
         self._next_layer = 0
@@ -122,6 +120,7 @@ class Step:
         try:
             if error is None:
                 self._check_complete(plan)
+                self._settle_ram()
                 replaced = self._commit(plan)
         finally:
             damaged = error.pages if isinstance(error, CorruptPageError) else ()
@@ -234,20 +233,23 @@ class Step:
             return
         in_ram = ram_places(self._core, plan)
         self._chunks = make_chunks(self._core, plan, in_ram)
-        self._ram_tables = ram_tables(self._core, plan, in_ram)
-        self._ram_bytes = self._core.layout.layer_bytes * sum(map(len, in_ram))
+        tables = ram_tables(self._core, plan, in_ram)
+        if tables is not None and self._core.ram is not None:
+            self._ram_tables = self._core.ram.tables(tables)
 
     def _attend_in_parts(
         self, layer: int, q: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         """Partial results over hot pages, over those in RAM and over each chunk, merged by log-sum-exp."""
-        backend, ring = self._core.backend, self._core.ring
+        backend, ring, ram = self._core.backend, self._core.ring, self._core.ram
+        begun = None
+        if ram is not None and self._ram_tables is not None:
+            check_attend(self._core.hot, q, self._tables, window)
+            begun = ram.begin(layer, q, self._ram_tables, scale, window)
         out, lse = backend.attend(
             self._core.hot, layer, q, self._tables,
             scale=scale, window=window, out_dtype=torch.float32,
         )  # fmt: skip
-        if self._ram_tables is not None:
-            out, lse = self._attend_in_ram(layer, q, scale, window, out, lse)
         for i, chunk in enumerate(self._chunks):
             self._fill(chunk, layer)
             self._read_ahead(i, layer)
@@ -259,6 +261,9 @@ class Step:
             out[chunk.rows], lse[chunk.rows] = backend.merge(
                 [out[chunk.rows], part], [lse[chunk.rows], part_lse], torch.float32
             )
+        if ram is not None and begun is not None:
+            part, part_lse = ram.result(begun)
+            out, lse = backend.merge([out, part], [lse, part_lse], torch.float32)
         return out.to(q.dtype)
 
     def _read_ahead(self, i: int, layer: int) -> None:
@@ -267,23 +272,6 @@ class Step:
         if following < self._core.layout.num_layers:
             chunk = self._chunks[(i + 1) % len(self._chunks)]
             self._core.ring.read_ahead(chunk.half, following, chunk.ids, chunk.tiers)
-
-    def _attend_in_ram(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        scale: float,
-        window: int | None,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`out` and `lse`, merged with what the CPU finds in the pages that lie in RAM."""
-        core = self._core
-        assert core.ram is not None and self._ram_tables is not None
-        start_s = time.perf_counter()
-        part, part_lse = core.ram.attend(layer, q, self._ram_tables, scale, window)
-        core.mover.meter.attend(self._ram_bytes, time.perf_counter() - start_s)
-        return core.backend.merge([out, part], [lse, part_lse], torch.float32)
 
     def _fill(self, chunk: Chunk, layer: int) -> None:
         """Bring the chunk's slices to its half of the ring: old bytes from their tiers, new ones from k and v."""
@@ -308,6 +296,14 @@ class Step:
         self._checksums.setdefault(int(chunk.written[0]), []).append(sums)
 
     # ---- the end -----------------------------------------------------------------------------------
+
+    def _settle_ram(self) -> None:
+        """What was handed to the CPU has ended, well or by an error."""
+        ram = self._core.ram
+        if ram is not None and self._ram_tables is not None:
+            self._ram_tables = None
+            work = ram.settle()
+            self._core.mover.meter.attend(work.num_bytes, work.seconds)
 
     def _check_complete(self, plan: Plan) -> None:
         num_layers = self._core.layout.num_layers
@@ -359,7 +355,8 @@ class Step:
             core.table.release(replaced)
             return
         # undone: nothing may still write into what is given back
-        for ends in (event.wait, core.mover.to_host.synchronize, core.mover.to_device.synchronize):
+        streams = core.mover.to_host, core.mover.to_device
+        for ends in (self._settle_ram, event.wait, *(stream.synchronize for stream in streams)):
             with contextlib.suppress(TransferError):  # the step has failed already
                 ends()
         plan.release_pins(core)

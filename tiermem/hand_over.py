@@ -1,0 +1,217 @@
+"""HandOver: what passes between a device's compute stream and the CPU's threads that attend for it.
+
+The stream writes queries into pinned memory and then a word; the threads see it, attend, and write the result and
+then another word, for which the stream waits. So the host enqueues a whole step and waits for nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tiermem._core import AttentionOutcome, AttentionStatus
+from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView
+from tiermem.attention.queued import Flag, QueuedAttention, QueuedTables
+from tiermem.device.protocol import Device, Event, Memory
+from tiermem.errors import TransferError
+from tiermem.ram_attention import RamPolicy, RamWork
+
+NUM_BUFFERS = 4
+"""Layers that may be enqueued ahead of the one that the CPU attends."""
+WORD_BYTES = 128
+"""From one word to the next: on lines of their own."""
+ALIGN_BYTES = 128
+NAP_S = 50e-6
+_LEFT_BEHIND: list[HandOver] = []
+"""Whose threads never came back: what they read stays mapped for the life of the process."""
+
+
+@dataclass(slots=True, eq=False)
+class _Buffer:
+    """Pinned memory of one job at a time; queries, output and lse are flat, the results seen by the device too."""
+
+    memory: Memory
+    q: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    device_out: torch.Tensor
+    device_lse: torch.Tensor
+    job: Job | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """Attention over one layer's pages that was handed over."""
+
+    ticket: int
+    value: int
+    buffer: _Buffer
+    shape: tuple[int, int, int]
+    """Rows, heads, head_dim."""
+
+
+class HandOver:
+    """Hands attention over the pages of `pool` to threads; one step at a time.
+
+    Ordering: everything is enqueued on the compute stream. Between the `result` of the last job of a step and the
+    first `begin` of the next one the host waits for the stream, once.
+    """
+
+    def __init__(
+        self, device: Device, pool: PoolView, attention: QueuedAttention, policy: RamPolicy
+    ) -> None:
+        self.policy = policy
+        self._device = device
+        self._pool = pool
+        self._attention = attention
+        self._words = device.allocate_host(2 * WORD_BYTES)
+        self._words.tensor.zero_()
+        self._value = 0
+        self._buffers: list[_Buffer] = []
+        self._items = (0, 0)
+        self._jobs: list[Job] = []
+        self._used: Event | None = None
+
+    def tables(self, tables: PagedTables) -> QueuedTables:
+        """What `begin` takes, of tables on the host."""
+        return QueuedTables(self._pool, tables)
+
+    def begin(
+        self, layer: int, q: torch.Tensor, tables: QueuedTables, scale: float, window: int | None
+    ) -> Job:
+        """Enqueue the queries' way down and the attention behind it.
+
+        Parameters
+        ----------
+        q: (rows, q_heads, head_dim) on the device.
+
+        Raises
+        ------
+        TransferError: the threads take no more work: what they did before overran its deadline.
+        """
+        rows, heads, head_dim = q.shape
+        buffer = self._buffer(rows * heads, head_dim)
+        self._value += 1
+        ready, done = (self._words.address + i * WORD_BYTES for i in range(2))
+        num_items = rows * heads * head_dim
+        shape = (rows, heads, head_dim)
+        host_q = buffer.q[:num_items].view(shape)
+        try:
+            ticket = self._attention.submit(
+                tables, layer, host_q,
+                buffer.out[:num_items].view(shape), buffer.lse[: rows * heads].view(rows, heads),
+                ready=Flag(ready, self._value), done=Flag(done, self._value),
+                scale=scale, window=window,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise TransferError(f"the CPU cannot attend: {error}") from error
+        job = Job(ticket, self._value, buffer, shape)
+        buffer.job = job
+        self._jobs.append(job)
+        try:
+            host_q.copy_(q, non_blocking=True)
+            self._device.write_word(ready, self._value)
+        except BaseException:
+            self._attention.cancel(ticket)
+            raise
+        return job
+
+    def result(self, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and lse on the device, float32; the stream waits for them. NaN if `settle` is going to raise.
+
+        Ordering: they are valid for what is enqueued before NUM_BUFFERS more jobs begin.
+        """
+        self._device.wait_word(self._words.address + WORD_BYTES, job.value)
+        rows, heads, head_dim = job.shape
+        out = job.buffer.device_out[: rows * heads * head_dim].view(job.shape)
+        return out, job.buffer.device_lse[: rows * heads].view(rows, heads)
+
+    def settle(self) -> RamWork:
+        """Wait until every job of the step has ended; what they read, and how long it took.
+
+        Raises
+        ------
+        TransferError: one failed; its result was NaN.
+        """
+        outcomes = [self._wait(job) for job in self._jobs]
+        self._jobs.clear()
+        self._used = self._device.compute_stream().record()
+        for outcome in outcomes:
+            if outcome.status is AttentionStatus.FAILED:
+                raise TransferError(f"attention on the CPU failed: {outcome.message}")
+        return RamWork(
+            sum(outcome.bytes_read for outcome in outcomes),
+            sum(outcome.attended_s for outcome in outcomes),
+        )
+
+    def close(self, timeout_s: float) -> bool:
+        """Give everything back; False if a thread still reads pages, which must then stay mapped for ever.
+
+        Ordering: nothing may be enqueued that waits for a result.
+        """
+        if not self._attention.close(timeout_s):
+            _LEFT_BEHIND.append(self)
+            return False
+        for buffer in self._buffers:
+            buffer.memory.free()
+        self._buffers.clear()
+        self._words.free()
+        return True
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _wait(self, job: Job) -> AttentionOutcome:
+        """The outcome of a job; every job has one by its deadline."""
+        while (outcome := self._attention.poll(job.ticket)).status is AttentionStatus.PENDING:
+            time.sleep(NAP_S)
+        if job.buffer.job is job:
+            job.buffer.job = None
+        if not outcome.is_reading:
+            self._attention.forget(job.ticket)
+        return outcome
+
+    def _buffer(self, num_rows: int, head_dim: int) -> _Buffer:
+        """One that no job uses, for `num_rows` rows of one head."""
+        if self._used is not None:
+            self._used.wait()  # what the stream still reads may be written by a job that fails
+            self._used = None
+        wanted = (num_rows * head_dim, num_rows)
+        if any(want > have for want, have in zip(wanted, self._items, strict=True)):
+            self._grow(wanted)
+        buffer = self._buffers.pop(0)
+        self._buffers.append(buffer)
+        while buffer.job is not None:
+            if self._attention.poll(buffer.job.ticket).status is not AttentionStatus.PENDING:
+                buffer.job = None
+            else:
+                time.sleep(NAP_S)
+        return buffer
+
+    def _grow(self, wanted: tuple[int, int]) -> None:
+        """Larger buffers, once nothing uses the ones there are."""
+        for job in self._jobs:
+            while self._attention.poll(job.ticket).status is AttentionStatus.PENDING:
+                time.sleep(NAP_S)
+        self._device.compute_stream().synchronize()
+        for buffer in self._buffers:
+            buffer.memory.free()
+        self._items = wanted
+        self._buffers = [self._new_buffer(*wanted) for _ in range(NUM_BUFFERS)]
+
+    def _new_buffer(self, items: int, rows: int) -> _Buffer:
+        dtype = TORCH_DTYPES[self._pool.layout.dtype]
+        sizes = [items * dtype.itemsize, items * 4, rows * 4]
+        padded = [-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in sizes]
+        memory = self._device.allocate_host(sum(padded))
+        host = [part[:size] for part, size in zip(memory.tensor.split(padded), sizes, strict=True)]
+        shown = self._device.view(memory).split(padded)
+        return _Buffer(
+            memory,
+            host[0].view(dtype),
+            host[1].view(torch.float32),
+            host[2].view(torch.float32),
+            shown[1][: sizes[1]].view(torch.float32),
+            shown[2][: sizes[2]].view(torch.float32),
+        )
