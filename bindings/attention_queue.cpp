@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -25,6 +26,8 @@ namespace {
 template <class T>
 using TableIn = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
+constexpr double kMostTeamSpinS = 1.0;
+
 // Address of the word, value.
 using FlagIn = std::pair<std::uintptr_t, std::uint32_t>;
 
@@ -40,7 +43,9 @@ AttentionFlag flag(const FlagIn& given) {
 void make(AttentionQueue* self, std::size_t num_threads, const std::vector<int>& cpus,
           AttentionInstructions instructions, std::size_t capacity, double deadline_s,
           double spin_s) {
-  auto attention = std::make_unique<CpuAttention>(num_threads, cpus, instructions);
+  // The queue looks at its own spin_s, which may be longer.
+  const double team_spin_s = std::min(spin_s, kMostTeamSpinS);
+  auto attention = std::make_unique<CpuAttention>(num_threads, cpus, instructions, team_spin_s);
   new (self) AttentionQueue(std::move(attention), {capacity, deadline_s, spin_s});
 }
 

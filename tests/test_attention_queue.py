@@ -16,6 +16,7 @@ from attention_cases import Case, Shape, make_case
 from numpy.typing import NDArray
 
 from tiermem._core import AttentionQueue, AttentionStatus
+from tiermem.attention.cpus import usable_cpus
 from tiermem.attention.in_place import InPlaceAttention
 from tiermem.attention.queued import Flag, QueuedAttention, QueuedTables
 
@@ -86,7 +87,7 @@ class Job:
 
 @pytest.fixture
 def attention() -> Iterator[QueuedAttention]:
-    attention = QueuedAttention(2)
+    attention = QueuedAttention(min(2, usable_cpus()))
     yield attention
     assert attention.close(10)
 
@@ -180,7 +181,7 @@ def test_a_cancelled_job_fails_in_its_turn(attention: QueuedAttention) -> None:
 
 
 def test_closing_ends_every_job() -> None:
-    attention = QueuedAttention(2)
+    attention = QueuedAttention(1)
     jobs, words = [Job(make_case(SHAPES[2], seed=seed)) for seed in range(3)], Words()
     tickets = [job.submit(attention, words, 1 + i) for i, job in enumerate(jobs)]
     assert attention.close(0.01)
@@ -207,8 +208,11 @@ def test_options_out_of_range_are_refused() -> None:
     for name, wrong in (("capacity", 0), ("deadline_s", 0.0), ("spin_s", -1.0)):
         with pytest.raises(ValueError, match=f"{name}="):
             QueuedAttention(1, **{name: wrong})  # type: ignore[arg-type]
+    for threads in (0, usable_cpus() + 1):
+        with pytest.raises(ValueError, match=f"threads={threads}: must be 1 to"):
+            QueuedAttention(threads)
     with pytest.raises(ValueError, match="num_threads=0"):
-        QueuedAttention(0)
+        AttentionQueue(0)
     with pytest.raises(ValueError, match="1 cpus"):
         AttentionQueue(1, cpus=[0])
 

@@ -876,9 +876,10 @@ class AttentionQueue:
     """Attention that begins when its queries are there and ends by a flag.
 
     See `native/include/tiermem/attention_queue.h`. No thread of it ever needs the GIL. `num_threads`,
-    `cpus` and `instructions` as CpuAttention, which it owns. Raises as that, and ValueError for a capacity
-    of 0, a deadline not above 0 and a negative time to spin. When it is collected, what has not ended
-    fails, which may take a second.
+    `cpus` and `instructions` as CpuAttention, which it owns. Threads keep their CPUs for `spin_s` seconds:
+    one while it waits for queries, the others after a job, of which at most one second. Raises as
+    CpuAttention, and ValueError for a capacity of 0, a deadline not above 0 and a negative `spin_s`. When
+    it is collected, what has not ended fails, which may take a second.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
 #include "tiermem/attention_queue.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -142,7 +144,7 @@ struct AttentionQueue::State {
   // REQUIRES: the mutex is held.
   void fail_queued(const std::string& why);
   void fail_current(const std::string& why);
-  QueuedJob& job(Ticket ticket) const;
+  const JobPointer& job(Ticket ticket) const;
 };
 
 // REQUIRES: the job was moved to phase `ending` by this thread.
@@ -174,9 +176,9 @@ void AttentionQueue::State::fail_current(const std::string& why) {
   while (current->phase() == JobPhase::ending) std::this_thread::yield();
 }
 
-QueuedJob& AttentionQueue::State::job(Ticket ticket) const {
+const JobPointer& AttentionQueue::State::job(Ticket ticket) const {
   const auto found = jobs.find(ticket);
-  if (found != jobs.end()) return *found->second;
+  if (found != jobs.end()) return found->second;
   throw std::invalid_argument("ticket " + std::to_string(ticket) +
                               " was not given out or was forgotten");
 }
@@ -288,9 +290,18 @@ void AttentionQueue::State::enforce_deadline() {
 }
 
 struct AttentionQueue::Threads {
+  const int process = ::getpid();
   std::thread service;
   std::thread watchdog;
+
+  // A forked child has the objects but not the threads, and locks as they were: it touches none.
+  bool are_here() const noexcept { return ::getpid() == process; }
 };
+
+void AttentionQueue::require_threads() const {
+  if (threads_->are_here()) return;
+  throw std::logic_error("a forked child has no threads of the attention queue");
+}
 
 AttentionQueue::AttentionQueue(std::unique_ptr<CpuAttention> attention,
                                const AttentionQueueOptions& options)
@@ -311,6 +322,11 @@ AttentionQueue::AttentionQueue(std::unique_ptr<CpuAttention> attention,
 }
 
 AttentionQueue::~AttentionQueue() {
+  if (!threads_->are_here()) {
+    threads_->watchdog.detach();
+    threads_->service.detach();
+    return;
+  }
   const bool has_ended = close(0);
   {
     const std::lock_guard lock(state_->mutex);
@@ -336,6 +352,7 @@ AttentionInstructions AttentionQueue::instructions() const noexcept {
 const AttentionQueueOptions& AttentionQueue::options() const noexcept { return state_->options; }
 
 AttentionQueue::Ticket AttentionQueue::submit(const AttentionJob& job) {
+  require_threads();
   const auto queued = std::make_shared<QueuedJob>(job);
   State& state = *state_;
   const std::lock_guard lock(state.mutex);
@@ -359,21 +376,23 @@ AttentionQueue::Ticket AttentionQueue::submit(const AttentionJob& job) {
 }
 
 AttentionOutcome AttentionQueue::poll(Ticket ticket) const {
+  require_threads();
   JobPointer job;
   {
     const std::lock_guard lock(state_->mutex);
-    state_->job(ticket);
-    job = state_->jobs.at(ticket);
+    job = state_->job(ticket);
   }
   return job->outcome();
 }
 
 void AttentionQueue::cancel(Ticket ticket) {
+  require_threads();
   const std::lock_guard lock(state_->mutex);
-  state_->job(ticket).cancel();
+  state_->job(ticket)->cancel();
 }
 
 void AttentionQueue::forget(Ticket ticket) {
+  require_threads();
   const std::lock_guard lock(state_->mutex);
   state_->job(ticket);
   state_->jobs.erase(ticket);
@@ -383,6 +402,7 @@ AttentionCounters AttentionQueue::counters() const noexcept { return state_->cou
 
 bool AttentionQueue::close(double timeout_s) {
   const Deadline deadline(timeout_s);
+  if (!threads_->are_here()) return true;
   State& state = *state_;
   std::unique_lock lock(state.mutex);
   state.is_closed = true;

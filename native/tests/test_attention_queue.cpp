@@ -1,6 +1,9 @@
 // AttentionQueue against direct attention, with threads in place of the GPU.
 #include "tiermem/attention_queue.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -474,6 +477,28 @@ void destroying_while_attention_hangs() {
   open_gate();
 }
 
+// It has none of the threads, and waits for none.
+void a_forked_child() {
+  auto queue = std::make_unique<AttentionQueue>(threads(2));
+  Share share({}), other({});
+  const auto ticket = queue->submit(share.job());
+  const pid_t child = fork();
+  if (child == 0) {
+    CHECK_THROWS(std::logic_error, queue->submit(other.job()));
+    CHECK_THROWS(std::logic_error, queue->poll(ticket));
+    CHECK_THROWS(std::logic_error, queue->cancel(ticket));
+    CHECK_THROWS(std::logic_error, queue->forget(ticket));
+    CHECK(queue->close(60));
+    queue.reset();
+    _exit(tally().num_failures == 0 ? 0 : 1);
+  }
+  int status = -1;
+  CHECK(waitpid(child, &status, 0) == child && status == 0);
+  raise(share.ready, 1);
+  CHECK(eventually([&] { return share.is_done(); }));
+  CHECK(queue->poll(ticket).status == AttentionStatus::done);
+}
+
 double cpu_seconds() {
   timespec time{};
   clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
@@ -552,6 +577,7 @@ int main() {
   closing_waits_for_what_comes();
   closing_while_attention_hangs();
   destroying_while_attention_hangs();
+  a_forked_child();
   waiting_leaves_the_cores_alone();
   wrong_arguments();
   return report("attention_queue");

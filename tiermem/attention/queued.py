@@ -14,6 +14,7 @@ from tiermem._core import (
     AttentionOutcome,
     AttentionQueue,
 )
+from tiermem.attention.cpus import usable_cpus
 from tiermem.attention.in_place import FLOAT_TYPES, slice_addresses
 from tiermem.attention.pool_view import PagedTables, PoolView
 
@@ -76,11 +77,13 @@ class QueuedAttention:
     instructions: that compute; AUTO: the widest of this processor.
     capacity: jobs that have not ended.
     deadline_s: for each job, from when all before it have ended.
-    spin_s: how long one thread keeps its core while it waits for queries, before it naps between looks.
+    spin_s: how long threads keep their CPUs: one while it waits for queries, before it naps between looks,
+        the others after a job.
 
     Raises
     ------
-    ValueError: no thread, instructions that this processor lacks, or another number out of range.
+    ValueError: no thread, more threads than CPUs, instructions that this processor lacks, or another
+        number out of range.
     """
 
     def __init__(
@@ -92,6 +95,9 @@ class QueuedAttention:
         deadline_s: float = 30.0,
         spin_s: float = 0.002,
     ) -> None:
+        cpus = usable_cpus()
+        if not 1 <= threads <= cpus:
+            raise ValueError(f"threads={threads}: must be 1 to {cpus}, the CPUs of this process")
         self._native = AttentionQueue(
             threads,
             instructions=instructions,

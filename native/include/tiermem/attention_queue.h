@@ -89,7 +89,8 @@ class QueueFullError : public std::runtime_error {
 //
 // Threads. One service thread takes part in the attention: together those that CpuAttention counts.
 // It sleeps while no job is due. A watchdog thread sleeps but at deadlines. All functions may be called
-// from any thread.
+// from any thread. In a forked child there are no threads: submit, poll, cancel and forget throw
+// std::logic_error, close has nothing to wait for.
 class AttentionQueue {
  public:
   // Throws std::invalid_argument for options out of range, std::system_error for a thread that cannot
@@ -140,6 +141,7 @@ class AttentionQueue {
  private:
   struct State;
   std::shared_ptr<State> state_;
+  void require_threads() const;
   struct Threads;
   std::unique_ptr<Threads> threads_;
 };
