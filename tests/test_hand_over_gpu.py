@@ -1,4 +1,4 @@
-"""Every split of a step's pages on a GPU, the CPU's share handed over by words that its stream sets and waits for."""
+"""Every split of a step's pages on a GPU, the CPU's share handed over by words of pinned memory."""
 
 from __future__ import annotations
 
