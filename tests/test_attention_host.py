@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_cases import Case, Shape, make_case
 
-from tiermem.attention import HostBackend, PagedTables, PoolView, SlotHolds, backend_for, host
+from tiermem.attention import HostBackend, PagedTables, PoolView, SlotHolds, backend_for
 from tiermem.attention.reference import ReferenceBackend
 from tiermem.layout import PageLayout
 
@@ -63,9 +63,7 @@ def test_slots_of_whole_pages_and_of_one_layer(holds: SlotHolds) -> None:
 
 
 @pytest.mark.parametrize("scattered", [False, True])
-def test_many_chunks_and_tiles(scattered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "TILE_ROWS", 7)
-    monkeypatch.setattr(host, "CHUNK_TOKENS", range(32, 49))
+def test_chunks_of_rows_beside_decode_rows(scattered: bool) -> None:
     shape = Shape(rows=(1, 50, 31), stored=(130, 95, 31), scattered=scattered)
     for window in (None, 20):
         case = make_case(replace(shape, window=window), seed=5)

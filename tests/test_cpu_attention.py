@@ -20,7 +20,7 @@ from tiermem._core import (
     FloatType,
     attention_instructions_supported,
 )
-from tiermem.attention import HostBackend, cpus, host, in_place
+from tiermem.attention import HostBackend, cpus, in_place
 from tiermem.attention.cpus import usable_cpus
 from tiermem.attention.in_place import InPlaceAttention
 
@@ -65,28 +65,6 @@ def test_every_set_of_instructions_agrees_with_float64(
     attention = InPlaceAttention(instructions=instructions)
     assert attention.instructions is instructions
     cases.check(case, _run(case, attention), tolerance=EXACT)
-
-
-@pytest.mark.parametrize("scattered", [False, True])
-@pytest.mark.parametrize("window", [None, 20])
-def test_long_chunks_agree_through_torch_and_through_the_core(
-    window: int | None, scattered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shape = Shape(rows=(1, 90, 31), stored=(130, 95, 31), window=window, scattered=scattered)
-    case = make_case(shape, seed=6)
-    for long_rows in (1, 1000):
-        monkeypatch.setattr(host, "LONG_ROWS", long_rows)
-        cases.check(case, case.run(HostBackend()))
-
-
-def test_torch_folds_many_chunks_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "LONG_ROWS", 1)
-    monkeypatch.setattr(host, "TILE_ROWS", 7)
-    monkeypatch.setattr(host, "CHUNK_TOKENS", range(32, 49))
-    for window in (None, 20):
-        shape = Shape(rows=(1, 50, 31), stored=(130, 95, 31), window=window, scattered=True)
-        case = make_case(shape, seed=5)
-        cases.check(case, case.run(HostBackend()))
 
 
 def test_queries_of_any_strides() -> None:
