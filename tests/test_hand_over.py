@@ -75,6 +75,16 @@ def test_shares_change_and_layers_are_attended_twice_or_not_at_all(
     manager.check()
 
 
+def test_words_wrap(manager: TierManager, text: Text) -> None:
+    ram = manager._core.ram
+    assert isinstance(ram, HandOver)
+    ram._value = 2**32 - 3  # as after as many jobs
+    ram._words.tensor.view(torch.int32)[:] = -3
+    for _ in range(2):
+        assert run_step(manager, [text], [1]) < TOLERANCE["float16"]
+    assert ram._value == 2 * LAYERS - 3
+
+
 def check_that_a_step_fails(manager: TierManager, text: Text, match: str) -> None:
     """By an error with these words; everything is as before."""
     kept, tokens = (text.k, text.v), text.sequence.num_tokens

@@ -93,7 +93,7 @@ class HandOver:
         """
         rows, heads, head_dim = q.shape
         buffer = self._buffer(rows * heads, head_dim)
-        self._value += 1
+        self._value = (self._value + 1) % 2**32
         ready, done = (self._words.address + i * WORD_BYTES for i in range(2))
         num_items = rows * heads * head_dim
         shape = (rows, heads, head_dim)
