@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import operator
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import tiermem
 from tiermem.attention.host import HostBackend
 from tiermem.bench.long_context import NAME, checks, decoding, measurement
 from tiermem.bench.long_context.decoding import Decoded
-from tiermem.cli import long_context_model
+from tiermem.cli import long_context_model, main
 from tiermem.manager import TierManager
 from tiermem.pools import Tier
 
@@ -42,19 +45,35 @@ def medians(found: Sequence[dict[str, Any]], name: str) -> list[float]:
 
 # ---- complete runs --------------------------------------------------------------------------------
 
+ASKED = (*ONE[:-2], KV)
+OVER = "over streaming where nothing stays"
 
-def test_a_run_has_every_row_and_can_be_resumed_joined_and_compared(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """What a run of one case with all baselines saves, and what it says meanwhile."""
+    path = tmp_path_factory.mktemp("one") / "one.jsonl"
+    out, err = io.StringIO(), io.StringIO()
+    with one_thread(), redirect_stdout(out), redirect_stderr(err):
+        assert main([*ASKED, "--json", "--save", str(path)]) == 0, err.getvalue()
+    assert out.getvalue() == path.read_text()
+    return path.read_text(), err.getvalue()
+
+
+@pytest.fixture
+def saved(one: tuple[str, str], tmp_path: Path) -> Path:
+    """A file with the results of that run."""
+    path = tmp_path / "one.jsonl"
+    path.write_text(one[0])
+    return path
+
+
+def test_a_run_has_a_row_for_every_part_of_a_step_and_every_baseline(
+    one: tuple[str, str], saved: Path
 ) -> None:
-    """One case with all baselines, then what is done with its file."""
-    saved = tmp_path / "one.jsonl"
-    asked = (*ONE[:-2], KV, "--save", saved)
-    ran = cli(*asked, "--json")
-    assert ran.code == 0, ran.err
-    assert "tiny, 192 tokens: gpu 96KiB, CPU share 0.5" in ran.err
-    assert "left" in ran.err
+    assert "tiny, 192 tokens: gpu 96KiB, CPU share 0.5" in one[1]
+    assert "left" in one[1]
     found = rows(saved)
-    assert [json.loads(line) for line in ran.out.splitlines()] == found
     for row in found:
         assert row["benchmark"] == NAME
         assert (row["percent_of_ceiling"] is None) != (row["skipped"] is None)
@@ -64,42 +83,58 @@ def test_a_run_has_every_row_and_can_be_resumed_joined_and_compared(
     for name in ("everything in device memory", "streaming, nothing stays", "decode"):
         assert names[name]["median"] > 0
         assert names[name]["repeats"] == 2
-    # 12 pages of 16 KiB are full, 6 are hot; half of the others, rounded, are the CPU's
-    parts = ("a step: not resident", "a step: streamed", "a step: attended by the CPU")
-    all_bytes, streamed, attended = (1e9 * names[part]["median"] for part in parts)
-    assert all_bytes == pytest.approx(streamed + attended)
-    assert 6 * 16384 <= all_bytes <= 8 * 16384
-    assert streamed % 16384 == attended % 16384 == 0
-    assert 1e9 * names["K and V in GPU"]["median"] <= 96 << 10
     assert names["step: all other work, by itself"]["median"] > 0
     assert names["difference of attention from float64"]["median"] < 1e-5
     assert len(medians(found, "difference of logits")) == 2
-    over = names["over streaming where nothing stays"]["median"]
     rates = names["decode"]["median"], names["streaming, nothing stays"]["median"]
-    assert over == pytest.approx(rates[0] / rates[1])
+    assert names[OVER]["median"] == pytest.approx(rates[0] / rates[1])
 
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            measurement.Measurement, "_run_tiered", lambda *_: pytest.fail("measured again")
-        )
-        again = cli(*asked, "--resume")
-    assert again.code == 0, again.err
-    kept = {row["name"]: row["median"] for row in rows(saved)}
-    assert kept["decode"] == names["decode"]["median"]
-    assert kept["over streaming where nothing stays"] == over
 
-    parts_of = [tmp_path / "cases.jsonl", tmp_path / "baselines.jsonl"]
+def test_bytes_of_a_step_are_whole_pages_that_add_up(saved: Path) -> None:
+    """12 pages of 16 KiB are full, at most 6 of them hot; of the others the CPU has half."""
+    found = rows(saved)
+    parts = ("a step: not resident", "a step: streamed", "a step: attended by the CPU")
+    everything, streamed, attended = (round(1e9 * medians(found, part)[0]) for part in parts)
+    assert everything == streamed + attended
+    assert 6 * 16384 <= everything <= 8 * 16384
+    assert streamed % 16384 == attended % 16384 == 0
+    assert abs(streamed - attended) <= 16384
+    assert 1e9 * medians(found, "K and V in GPU")[0] <= 96 << 10
+
+
+def test_a_finished_run_that_is_resumed_builds_nothing(
+    cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rows(saved)
+    monkeypatch.setattr(long_context_model, "random_model", lambda *_: pytest.fail("built"))
+    ran = cli(*ASKED, "--save", saved, "--resume")
+    assert ran.code == 0, ran.err
+    key = operator.itemgetter("name", "median")
+    assert sorted(map(key, rows(saved)), key=str) == sorted(map(key, before), key=str)
+
+
+def test_a_run_that_was_cut_off_goes_on(cli: Cli, saved: Path) -> None:
+    before = rows(saved)
+    ran = cli(*ASKED, "--save", saved, "--resume", "--cpu-share", "0.5,1")
+    assert ran.code == 0, ran.err
+    after = rows(saved)
+    assert set(medians(before, "decode")) < set(medians(after, "decode"))
+    assert len(medians(after, "decode")) == len(medians(after, OVER)) == 2
+    assert len(medians(after, "machine: link")) == 1
+
+
+def test_pieces_are_joined_and_compared(cli: Cli, saved: Path, tmp_path: Path) -> None:
+    """Cases and baselines from two files give the ratio that neither has."""
+    pieces = [tmp_path / "cases.jsonl", tmp_path / "baselines.jsonl"]
     lines = saved.read_text().splitlines()
-    for path, is_case in zip(parts_of, (True, False), strict=True):
+    for path, is_case in zip(pieces, (True, False), strict=True):
         chosen = [line for line in lines if ('"gpu_bytes"' in line) == is_case]
         path.write_text("\n".join(line for line in chosen if '"over ' not in line))
-    joined = cli("bench", "long-context", "--join", *parts_of, "--save", tmp_path / "all.jsonl")
-    assert joined.code == 0, joined.err
-    assert medians(rows(tmp_path / "all.jsonl"), "over streaming where nothing stays") == [over]
-
-    compared = cli("bench", "long-context", "--join", *parts_of, "--compare", saved)
-    assert compared.code == 0
-    assert "1.000" in compared.out
+    together = tmp_path / "all.jsonl"
+    ran = cli("bench", "long-context", "--join", *pieces, "--save", together, "--compare", saved)
+    assert ran.code == 0, ran.err
+    assert medians(rows(together), OVER) == medians(rows(saved), OVER)
+    assert "1.000" in ran.out
 
 
 def test_a_model_directory_is_prefilled_and_shown_to_people(cli: Cli, tmp_path: Path) -> None:

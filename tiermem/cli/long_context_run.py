@@ -26,11 +26,11 @@ from tiermem.bench.long_context.case import (
     staging_bytes,
 )
 from tiermem.bench.long_context.derived import derived_results, is_derived
-from tiermem.bench.long_context.measurement import Measurement, Place, all_tokens
+from tiermem.bench.long_context.measurement import Measurement, Place, all_tokens, keys_of
 from tiermem.bench.long_context.predicted import predicted_results
 from tiermem.bench.long_context.rates import MachineRates
-from tiermem.bench.long_context.rows import DECODE
-from tiermem.bench.result import Parameters, Result, Subject, not_measured
+from tiermem.bench.long_context.rows import DECODE, case_parameters, request_parameters
+from tiermem.bench.result import Result, Subject, not_measured
 from tiermem.bench.result_file import SavedResult, read_results, write_results
 from tiermem.bench.run import Run, Scale, open_ceilings
 from tiermem.cli.bench_view import report
@@ -43,7 +43,7 @@ from tiermem.cli.plan import tokens
 from tiermem.device.discovery import open_device
 from tiermem.device.host import host_free_bytes
 from tiermem.device.protocol import Device, DeviceKind
-from tiermem.errors import ConfigError
+from tiermem.errors import ConfigError, TierMemError
 from tiermem.forecast.budget import RESERVE_BYTES
 from tiermem.model_shape import ModelShape, TierSizes
 from tiermem.units import Size, SizeKind
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     go_offline()
     kept = _kept(options)
     results = _measured(options, settings, names, kept)
-    return report(options, _saving(options.save, results), long_context_lines)
+    return report(options, _saving(options.save, kept, results), long_context_lines)
 
 
 # ---- what is asked --------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def _measured(
     names: Sequence[str],
     kept: Sequence[SavedResult],
 ) -> Iterator[SavedResult]:
-    """Results that were there, those of every model as they come, and what follows from all of them."""
+    """Results of every model as they come, those that were there, and what follows from all of them."""
     scale = Scale.QUICK if options.quick else Scale.FULL
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said below, for people
@@ -168,12 +168,14 @@ def _measured(
         if all(reasons.values()) and not options.predict:
             raise ConfigError(f"--model {options.model}: {next(iter(reasons.values()))}")
         environment, made_by = describe(device), commit()
-        found = [saved.result for saved in kept]
-        yield from kept
-        for result in _of_models(options, settings, shapes, reasons, device, scale, found):
+        known = frozenset(saved.result.subject.key for saved in kept)
+        found = []
+        for result in _of_models(options, settings, shapes, reasons, device, scale, known):
             found.append(result)
             yield SavedResult(result, environment, made_by)
-        for result in derived_results(found):
+        older = _without(kept, found)
+        yield from older
+        for result in derived_results([*(saved.result for saved in older), *found]):
             yield SavedResult(result, environment, made_by)
 
 
@@ -189,18 +191,23 @@ def _of_models(
     reasons: dict[str, str | None],
     device: Device,
     scale: Scale,
-    before: Sequence[Result],
+    known: frozenset[str],
 ) -> Iterator[Result]:
     if options.predict:
         for shape in shapes.values():
             for context in settings.contexts:
                 yield from predicted_results(shape, context, settings.gpu_bytes[0])
-    fitting = {name: shape for name, shape in shapes.items() if reasons[name] is None}
+    fitting = {
+        name: shape
+        for name, shape in shapes.items()
+        if reasons[name] is None and not keys_of(settings, shape) <= known
+    }
     if fitting:
-        yield from _of_fitting(settings, fitting, device, scale, before)
+        yield from _of_fitting(settings, fitting, device, scale, known)
     for name, reason in reasons.items():
         if reason is not None:
-            yield from _only_predicted(shapes[name], settings, reason)
+            rows = _only_predicted(shapes[name], settings, reason)
+            yield from (row for row in rows if row.subject.key not in known)
 
 
 def _of_fitting(
@@ -208,7 +215,7 @@ def _of_fitting(
     shapes: dict[str, ModelShape],
     device: Device,
     scale: Scale,
-    before: Sequence[Result],
+    known: frozenset[str],
 ) -> Iterator[Result]:
     """The machine's rates, then every model."""
     Progress.show("measuring the machine")
@@ -218,7 +225,6 @@ def _of_fitting(
     # the buffers are given back, the rates stay known
     bench = Run(device, scale, ceilings, Path(), 0, Progress.show)
     pace = _Pace(settings, list(shapes.values()))
-    known = frozenset(result.subject.key for result in before)
     place = Place(bench, settings, rates, pace.begins, Progress.pinning, known)
     for name, shape in shapes.items():
         yield from _of_model(name, shape, place)
@@ -229,7 +235,11 @@ def _of_model(name: str, shape: ModelShape, place: Place) -> Iterator[Result]:
 
     Progress.show(f"{shape.name}: making the model")
     model = LongContextModel(name, shape, place.bench.device.torch_device)
-    yield from Measurement(place, model).results()
+    try:
+        yield from Measurement(place, model).results()
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).partition("\n")[0]
+        raise TierMemError(f"{shape.name}: the GPU has no room: {first_line}") from error
     del model
     gc.collect()
     if place.bench.on_gpu:
@@ -260,10 +270,8 @@ def _why_not(shape: ModelShape, settings: Settings, device: Device) -> str | Non
 
 def _only_predicted(shape: ModelShape, settings: Settings, reason: str) -> Iterator[Result]:
     for case in settings.cases():
-        parameters: Parameters = {
-            "model": shape.name, "context": case.context, "kv": settings.fill.value,
-            "dtype": shape.dtype, "gpu_bytes": case.gpu_bytes, "cpu_share": case.share.text,
-        }  # fmt: skip
+        request = request_parameters(shape.name, case.context, settings.fill, shape.dtype)
+        parameters = case_parameters(request, case)
         yield not_measured(Subject(NAME, DECODE, parameters, "tokens/s"), reason)
 
 
@@ -301,13 +309,22 @@ def _kept(options: argparse.Namespace) -> list[SavedResult]:
     return [saved for saved in read_results(options.save) if not is_derived(saved.result)]
 
 
-def _saving(path: Path | None, results: Iterator[SavedResult]) -> Iterator[SavedResult]:
-    """`results`, each kept in the file as soon as it is there: a run that is cut off can be resumed."""
-    found = []
+def _without(kept: Sequence[SavedResult], made: Sequence[Result]) -> list[SavedResult]:
+    """Those of `kept` that were not made anew."""
+    keys = {result.subject.key for result in made}
+    return [saved for saved in kept if saved.result.subject.key not in keys]
+
+
+def _saving(
+    path: Path | None, kept: Sequence[SavedResult], results: Iterator[SavedResult]
+) -> Iterator[SavedResult]:
+    """`results`, each in the file as soon as it is there, beside what was kept: a run cut off can be resumed."""
+    found: list[SavedResult] = []
     for saved in results:
         found.append(saved)
         if path is not None:
-            write_results(path, found)
+            older = _without(kept, [each.result for each in found])
+            write_results(path, [*older, *found])
         yield saved
 
 

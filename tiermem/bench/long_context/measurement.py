@@ -36,18 +36,21 @@ from tiermem.bench.long_context.rows import (
     LOGITS,
     OUTPUT,
     Aims,
+    case_parameters,
     case_results,
     error_result,
     plain_result,
+    request_parameters,
 )
 from tiermem.bench.long_context.synthetic import SyntheticKv, check_stored, fill_plain, fill_tiered
-from tiermem.bench.result import Ceiling, Result, Subject, not_measured
+from tiermem.bench.result import Ceiling, Parameters, Result, Subject, not_measured
 from tiermem.bench.run import Run, Scale
 from tiermem.config import TierConfig
 from tiermem.device.host import host_free_bytes
 from tiermem.device.protocol import Progress
 from tiermem.errors import InvariantError
 from tiermem.forecast.budget import RESERVE_BYTES
+from tiermem.model_shape import ModelShape
 from tiermem.stats import Stats
 from tiermem.units import format_bytes
 
@@ -86,6 +89,17 @@ class Request:
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+def keys_of(settings: Settings, shape: ModelShape) -> set[str]:
+    """Keys of the rows of every case and baseline of a model: where all are there, nothing is left to measure."""
+    keys = set()
+    for case in settings.cases():
+        request = request_parameters(shape.name, case.context, settings.fill, shape.dtype)
+        keys.add(Subject(NAME, DECODE, case_parameters(request, case), "tokens/s").key)
+        names = (BASELINE_NAMES[kind] for kind in settings.baselines)
+        keys |= {Subject(NAME, name, request, "tokens/s").key for name in names}
+    return keys
+
+
 def all_tokens(settings: Settings) -> int:
     """New tokens of a case: those that are not timed, the timed ones and the one of the check."""
     return FIRST_TOKENS + settings.new_tokens + 1
@@ -121,9 +135,7 @@ class Measurement:
     # ---- the cases ---------------------------------------------------------------------------------
 
     def _case(self, case: Case, request: Request, other_s: float) -> Iterator[Result]:
-        parameters = {
-            **self._parameters(request), "gpu_bytes": case.gpu_bytes, "cpu_share": case.share.text,
-        }  # fmt: skip
+        parameters = case_parameters(self._parameters(request), case)
         share = case.share.value(self._place.rates.beside)
         threads = self._settings.cpu_threads
         notes = ["" if share is None else f"CPU share {share:g}"]
@@ -212,7 +224,7 @@ class Measurement:
         yield from self._check(name, {**parameters, "of": name}, request, done)
 
     def _check(
-        self, name: str, parameters: dict[str, str | int], request: Request, done: Decoded
+        self, name: str, parameters: Parameters, request: Request, done: Decoded
     ) -> Iterator[Result]:
         """Logits against those of the first run of the same request."""
         if not request.first:
@@ -295,12 +307,8 @@ class Measurement:
         )  # fmt: skip
 
     def _parameters(self, request: Request) -> dict[str, str | int]:
-        return {
-            "model": self._model.shape.name,
-            "context": request.sizes.context,
-            "kv": self._settings.fill.value,
-            "dtype": self._dtype,
-        }
+        name, fill = self._model.shape.name, self._settings.fill
+        return request_parameters(name, request.sizes.context, fill, self._dtype)
 
     def _told(self, request: Request) -> Callable[[int], None]:
         progress, total = self._place.bench.progress, request.sizes.context
@@ -321,7 +329,7 @@ class Measurement:
             return False
         return not self._is_known(BASELINE_NAMES[kind], self._parameters(request))
 
-    def _is_known(self, name: str, parameters: dict[str, str | int]) -> bool:
+    def _is_known(self, name: str, parameters: Parameters) -> bool:
         return Subject(NAME, name, parameters, "tokens/s").key in self._place.known
 
     def _is_reference(self, case: Case) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tiermem.bench.long_context import NAME
+from tiermem.bench.long_context.case import Case, Fill
 from tiermem.bench.long_context.decoding import Decoded, Traffic
 from tiermem.bench.long_context.rates import MachineRates
 from tiermem.bench.result import GIGA, Better, Ceiling, Parameters, Result, Subject, measured
@@ -29,6 +30,16 @@ ERROR = "an error has no ceiling; see the budget"
 MILLI = 1e-3
 VARYING = ("context", "gpu_bytes")
 """Parameters that differ within a sweep."""
+
+
+def request_parameters(model: str, context: int, fill: Fill, dtype: str) -> dict[str, str | int]:
+    """What tells one request from another: its baselines have no more."""
+    return {"model": model, "context": context, "kv": fill.value, "dtype": dtype}
+
+
+def case_parameters(request: Parameters, case: Case) -> dict[str, str | int | float]:
+    """And what tells its cases from each other."""
+    return {**request, "gpu_bytes": case.gpu_bytes, "cpu_share": case.share.text}
 
 
 @dataclass(frozen=True, slots=True)
