@@ -15,6 +15,7 @@ from tiermem.bench.long_context.predicted import predicted_results
 from tiermem.bench.long_context.rates import MachineRates
 from tiermem.bench.long_context.rows import (
     DECODE,
+    LOGITS,
     NOT_RESIDENT,
     OVER_STREAMING,
     STEP,
@@ -22,7 +23,9 @@ from tiermem.bench.long_context.rows import (
     case_results,
 )
 from tiermem.bench.long_context.synthetic import OUTLIER, PIECE_TOKENS, V_SCALE, SyntheticKv
+from tiermem.bench.markdown import markdown_tables
 from tiermem.bench.result import Ceiling, Parameters, Result, Subject, measured
+from tiermem.bench.result_file import SavedResult
 from tiermem.bench.suite import BENCHMARKS
 from tiermem.bench.sweep_plot import sweeps
 from tiermem.device.cpu import CpuDevice
@@ -162,6 +165,25 @@ def test_a_sweep_has_one_line_a_context() -> None:
     (sweep,) = sweeps([*rows, row(DECODE, case(8, "0"), 1.0)])
     assert set(sweep.lines) == {16384, 131072}
     assert [gib for gib, _ in sweep.lines[16384]] == [2, 8]
+
+
+def test_documents_get_a_table_a_sweep_and_no_parts_of_steps() -> None:
+    rows = [
+        row(DECODE, case(gpu, "0.65", context), 1000 / context)
+        for context in (16384, 131072)
+        for gpu in (2, 8)
+    ]
+    rows.append(row(STEP, case(8, "0.65"), 100, "ms"))
+    rows += [row(LOGITS, case(gpu, "0.65"), gpu * 1e-4, "of the norm") for gpu in (8, 2)]
+    saved = [SavedResult(result, {"cpu": "a CPU", "gpu": "a GPU"}, "feed") for result in rows]
+    text = markdown_tables(saved)["long_context"]
+    assert "Tokens/s (percent of the ceiling), model 33b, kv synthetic" in text
+    assert "| context | gpu 2GiB | gpu 8GiB |" in text
+    assert "| 131,072 | 0.007629 (resident) | 0.007629 (resident) |" in text
+    assert text.count("| decode |") == 4
+    assert text.count("| difference of logits |") == 1
+    assert "0.0008 of the norm" in text
+    assert "| step |" not in text
 
 
 def test_predictions_name_the_weights_that_fit() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from tiermem.bench import long_context
+from tiermem.bench.long_context.markdown import summary_rows, sweep_tables
 from tiermem.bench.result import Result
 from tiermem.bench.result_file import SavedResult
 from tiermem.bench.words import parameters_text, value_text
@@ -47,9 +49,12 @@ def fill_markers(text: str, tables: Mapping[str, str], where: str) -> str:
 
 def _table(saved: Sequence[SavedResult]) -> str:
     """Rows of all runs, each run under a line that names its machine and commit."""
-    lines = []
+    lines: list[str] = []
     for machine, commit in dict.fromkeys((item.machine, item.commit) for item in saved):
         chosen = [item.result for item in saved if (item.machine, item.commit) == (machine, commit)]
+        if chosen[0].subject.benchmark == long_context.NAME:
+            lines += sweep_tables(chosen)
+            chosen = summary_rows(chosen)
         lines += [
             "| what | parameters | median | p5 – p95 | of the ceiling | aim | ceiling |",
             "|---|---|---|---|---|---|---|",
