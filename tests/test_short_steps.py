@@ -170,3 +170,35 @@ def test_a_rollback_takes_names_along(tmp_path: Path) -> None:
         assert found.num_tokens == 3 * PAGE
         for layer in range(LAYERS):
             assert torch.equal(found.read(layer, 0, 3 * PAGE)[0], text.kv[0, layer, : 3 * PAGE])
+
+
+@pytest.mark.parametrize("known_by", ["nobody", "its name", "a fork", "a copy in RAM"])
+def test_a_page_that_a_draft_had_filled_is_written_on_where_nobody_else_has_it(
+    known_by: str,
+) -> None:
+    """The draft fills page 1 and reaches into page 2; 5 tokens of page 1 are kept."""
+    torch.manual_seed(3)
+    with open_manager("float32", 12, 12, None) as manager:
+        text = new_text(manager)
+        step(manager, [text], [PAGE + 4], None)
+        step(manager, [text], [PAGE], None)
+        page = int(text.sequence.pages[1])
+        manager._core.in_flight.drain()
+        if known_by == "its name":
+            text.sequence.record(range(2 * PAGE + 4))
+        twin = Text(text.sequence.fork(), text.kv) if known_by == "a fork" else None
+        if known_by == "a copy in RAM":
+            text.sequence.suspend()
+            step(manager, [text], [1], None)
+            manager._core.in_flight.drain()
+            text.rollback(1)
+        text.rollback(PAGE - 1)
+        assert step(manager, [text], [3], None) < 1e-5
+        assert (int(text.sequence.pages[1]) == page) == (known_by == "nobody")
+        check_bytes(text)
+        if twin is not None:
+            check_bytes(twin)
+        if known_by == "its name":
+            text.rollback(text.num_tokens)
+            assert manager.open_sequence(range(3 * PAGE)).num_tokens == 2 * PAGE
+        manager.check()

@@ -11,7 +11,7 @@ import torch
 
 from tiermem.core import Core
 from tiermem.errors import ClosedError, TierMemError
-from tiermem.pools import VALID, Ids, Tier
+from tiermem.pools import NO_SLOT, VALID, Ids, Tier
 
 MAX_TOKEN_ID = 2**32 - 1
 
@@ -105,6 +105,9 @@ class Sequence:
     def rollback(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` tokens and their names; pages they filled alone are released.
 
+        A page that was full and is not any more is written on in place, unless it has a name, a copy or another
+        user: then its bytes are copied first.
+
         Raises
         ------
         ValueError: below 0 or more than there are.
@@ -120,6 +123,7 @@ class Sequence:
         self.pages = self.pages[:kept]
         del self._names[self.num_tokens :]
         del self._keys[self.num_tokens // layout.page_tokens :]
+        self._reopen_tail()
 
     def fork(self, label: str = "") -> Sequence:
         """A second sequence with the same tokens; pages are shared, the last one until it is written."""
@@ -222,6 +226,19 @@ class Sequence:
         """Tail first, so that leaves are older than their parents in every LRU list."""
         self._core.prefixes.note_use(pages)
         self._core.table.release(pages[::-1].copy())
+
+    def _reopen_tail(self) -> None:
+        """Let a sealed last page that is not full be written on, where the GPU has all that there is of it."""
+        table = self._core.table
+        tail = self.pages[self.num_tokens // self._core.layout.page_tokens :]
+        if len(tail) == 0 or not table.is_sealed(tail)[0]:
+            return
+        is_known = table.is_published(tail)[0] or table.is_lost(tail)[0]
+        is_alone = table.states(tail, Tier.GPU)[0] == VALID and all(
+            table.slots(tail, tier)[0] == NO_SLOT for tier in (Tier.RAM, Tier.SSD)
+        )
+        if table.refs(tail)[0] == 1 and is_alone and not is_known:
+            table.reopen(tail)
 
     def _publish_full_pages(self) -> None:
         page_tokens = self._core.layout.page_tokens
