@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
-from tiermem import ConfigError
+from tiermem import ConfigError, OutOfPagesError
 from tiermem.integrations.transformers import Acceptance, PromptLookup, TieredCache
 from tiermem.integrations.transformers.drafts import Drafts
 
@@ -333,6 +333,36 @@ def test_a_pass_that_raises_stores_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert 60 < stored < 60 + 3 * 9
         out = looked_up(model, cache, expected[:, : stored + 1], PromptLookup(8), **GREEDY)
         assert torch.equal(out, reference(model, expected[:, : stored + 1], **GREEDY))
+
+
+def test_a_text_that_fits_fits_with_drafts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four pages for a text that ends within the fourth, where drafts reach into a fifth."""
+    model = tiny_model("llama", 8)
+    ids = random_ids(1, 36, 8)
+    unbounded = reference(model, ids, **GREEDY)
+    new = unbounded[0, 36:62].tolist()
+    end = max(i for i, token in enumerate(new) if token not in new[:i])
+    assert 36 + end > 3 * PAGE_TOKENS
+    options = {"do_sample": False, "max_new_tokens": 300, "eos_token_id": new[end]}
+    expected = reference(model, ids, **options)
+    foresee(monkeypatch, expected, lambda _passes: 0)
+    monkeypatch.setattr(PromptLookup, "_next_limit", lambda *_: 31)
+    right, refused = TieredCache.call_begins, []
+
+    def counted(self: TieredCache, arguments: Mapping[str, object]) -> None:
+        try:
+            right(self, arguments)
+        except OutOfPagesError as error:
+            refused.append(error)
+            raise
+
+    monkeypatch.setattr(TieredCache, "call_begins", counted)
+    with TieredCache(model, tiers(model, 4, 0), page_tokens=PAGE_TOKENS) as cache:
+        assert torch.equal(looked_up(model, cache, ids, PromptLookup(31), **options), expected)
+        assert refused, "no draft was too long"
+        longer = torch.cat([expected, random_ids(1, 10, 1)], dim=1)
+        with pytest.raises(OutOfPagesError):
+            looked_up(model, cache, longer, PromptLookup(31), **options)
 
 
 # ---- what it tells, what it refuses --------------------------------------------------------------------

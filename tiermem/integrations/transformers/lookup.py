@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from tiermem.errors import ConfigError
+from tiermem.errors import ConfigError, OutOfPagesError
 from tiermem.integrations.transformers.cache import TieredCache
 from tiermem.integrations.transformers.drafts import Drafts
 
@@ -125,8 +125,7 @@ class PromptLookup:
         draft: list[int] = []
         limit, is_first, is_done = self.max_draft_tokens, True, False
         while not is_done:
-            text = torch.cat([ids, ids.new_tensor([draft])], dim=1) if draft else ids
-            logits = passes.run(text, 1 + len(draft))
+            text, draft, logits = passes.run_draft(ids, draft)
             new, accepted, is_done = choice.read(text, draft, logits)
             ids = torch.cat([ids, ids.new_tensor([new])], dim=1)
             # The last token is certain, and not stored yet: as after a pass without a draft.
@@ -166,6 +165,21 @@ class _Passes:
         """Store all of `ids` but the last chunk, where chunks are wanted."""
         while chunk_tokens and ids.shape[1] - self._cache.get_seq_length() > chunk_tokens:
             self.run(ids[:, : self._cache.get_seq_length() + chunk_tokens], 1)
+
+    def run_draft(
+        self, ids: torch.Tensor, draft: list[int]
+    ) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+        """Store `ids` and the draft behind them; the text they make, the draft, and its logits as of `run`.
+
+        Without the draft where the tiers have no room for it: what fits one by one is not to fail.
+        """
+        text = torch.cat([ids, ids.new_tensor([draft])], dim=1) if draft else ids
+        try:
+            return text, draft, self.run(text, 1 + len(draft))
+        except OutOfPagesError:
+            if not draft:
+                raise
+            return ids, [], self.run(ids, 1)
 
     def run(self, text: torch.Tensor, keep: int) -> torch.Tensor:
         """Store what is new of `text` (1, tokens); the logits (keep, vocabulary) of its last tokens."""
