@@ -97,6 +97,19 @@ def test_what_can_be_seen_at_once_is_refused_before_anything_is_loaded(
     refuse(cli, 2, words.replace("EMPTY", str(tmp_path / "empty")), *given)
 
 
+def test_a_prompt_that_all_tiers_cannot_hold_is_refused_before_it_is_computed(
+    cli: Cli, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing_is_computed(*_arguments: object) -> None:
+        raise AssertionError("it was about to compute the prompt")
+
+    monkeypatch.setattr("tiermem.cli.loop.generate", nothing_is_computed)
+    tiers = (*TIERS[:-1], "0", *CPU)
+    arguments = ("generate", "--model", model_dir, "--prompt", "a" * 100, *tiers)
+    words = "100 tokens of prompt and 500 new ones: their keys and values take"
+    refuse(cli, 2, words, *arguments, "--max-new-tokens", 500)
+
+
 def test_text_that_is_no_text_is_refused(cli: Cli, model_dir: Path) -> None:
     refuse(cli, 2, "--prompt: not UTF-8", "generate", "--model", model_dir, "--prompt", "a\udcffb")
 

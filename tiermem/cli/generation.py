@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from tiermem.cli.human import size_text
 from tiermem.cli.model_files import check_model_dir, go_offline, read_shape
 from tiermem.cli.notes import NoteHandler, Progress, note
 from tiermem.cli.prompt import read_prompt
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tiermem.cli.subject import Subject
     from tiermem.cli.summary import Summary
     from tiermem.config import TierConfig
+    from tiermem.integrations.transformers import TieredCache
 
 CPU_CHUNK_TOKENS = 512
 GPU_CHUNK_TOKENS = 2048
@@ -101,6 +103,7 @@ def _run_tiered(
     with TieredCache(
         model, config, page_tokens=options.page_tokens, label=LABEL, progress=Progress.pinning
     ) as cache:
+        _check_room(cache, ids.shape[1], options.max_new_tokens)
         attached = cache.attach(ids) if options.attach else 0
         made = generate(model, cache, ids, sampling, chunk_tokens, writer.watcher(), choices)
         text = writer.end()
@@ -129,6 +132,21 @@ def _run_tiered(
         acceptance=made.acceptance,
         stats=stats,
         verdict=verdict,
+    )
+
+
+def _check_room(cache: TieredCache, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse what all tiers together cannot hold, before the prompt is computed."""
+    layout, tiers = cache.layout, cache.stats().tiers
+    wanted = layout.pages_for(prompt_tokens + new_tokens)
+    have = sum(tier.slots for tier in tiers)
+    if wanted <= have:
+        return
+    sizes = ", ".join(f"{tier.tier} {size_text(tier.slots * tier.page_bytes)}" for tier in tiers)
+    raise ConfigError(
+        f"{prompt_tokens} tokens of prompt and {new_tokens} new ones: their keys and values take "
+        f"{size_text(wanted * layout.slot_bytes)}, the tiers hold "
+        f"{size_text(have * layout.slot_bytes)} ({sizes}): give --gpu, --ram or --ssd more"
     )
 
 
