@@ -426,8 +426,9 @@ def test_what_it_cannot_do(options: dict[str, object], problem: str, tmp_path: P
 def test_wrong_caches_and_sizes(tmp_path: Path) -> None:
     model = tiny_model("llama", 1)
     ids = random_ids(1, 30, 1)
+    plain = DynamicCache(config=model.config)
     with pytest.raises(ConfigError, match="needs a TieredCache, not DynamicCache"):
-        model.generate(ids, custom_generate=PromptLookup(), **GREEDY)
+        model.generate(ids, past_key_values=plain, custom_generate=PromptLookup(), **GREEDY)
     with small_cache(model, tmp_path) as cache, torch.no_grad():
         model(ids, past_key_values=cache)
         with pytest.raises(ConfigError, match="the cache holds 30"):
