@@ -151,6 +151,22 @@ def test_a_model_directory_is_prefilled_and_shown_to_people(cli: Cli, tmp_path: 
         assert words in ran.out, words
 
 
+def test_a_cold_tier_of_one_run_is_not_found_by_the_next(cli: Cli, tmp_path: Path) -> None:
+    """Else the second case would find the pages of the first one on the SSD."""
+    place, saved = tmp_path / "cold", tmp_path / "f"
+    place.mkdir()
+    ran = cli(
+        *SMALL, "--context", "192", "--gpu", "96KiB", "--ram", "64KiB", "--ssd", "4MiB", "--ssd-path",
+        place, "--cpu-share", "0.5,1", "--baselines", "none", KV, "--save", saved,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    found = rows(saved)
+    assert min(medians(found, "a step: attended by the CPU")) > 0
+    assert [row["ceiling"] for row in found if row["name"] == "decode"] == [None, None]
+    assert min(medians(found, "K and V in SSD")) > 0
+    assert list(place.iterdir()) == []
+
+
 # ---- results that are wrong -----------------------------------------------------------------------
 
 
@@ -219,6 +235,7 @@ def test_logits_of_another_run_fail(
             "more than gpu=8GiB, ram=4GiB and ssd=0 hold; give ram at least",
         ),
         (("--model", "33b", "--ram", "4GiB", "--ssd", "1TiB"), "needs --ssd-path"),
+        (("--quick", "--ssd", "1MiB", "--ssd-path", "/nowhere"), "there is no such directory"),
         (("--model", "70b"), "predicted only: weights take"),
         (("--quick", "--ram", "100TiB"), "are free; a smaller ram needs ssd"),
         (("--quick", "--context", "200", KV), "must be a multiple of page_tokens=16"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ ON_CPU = MachineRates(20e9, 5e9, 10e9, None, 2)
 
 
 def moved(streamed: float, attended: float) -> Traffic:
-    return Traffic(streamed, 0, attended, 0.1, {"GPU": 8 * GIB, "RAM": 25 * GIB})
+    return Traffic(streamed, 0, attended, 0.1, 0, {"GPU": 8 * GIB, "RAM": 25 * GIB})
 
 
 def case(gpu_gib: int, share: str, context: int = 131072) -> Parameters:
@@ -71,9 +72,10 @@ def test_the_ceiling_is_that_of_what_is_used(
     rates: MachineRates, traffic: Traffic, ceiling: float
 ) -> None:
     found = rates.ceiling(traffic)
-    assert found is not None
+    assert isinstance(found, Ceiling)
     assert found.value == pytest.approx(ceiling)
-    assert rates.ceiling(moved(0, 0)) is None
+    assert rates.ceiling(moved(0, 0)) == "everything is resident"
+    assert "SSD" in str(rates.ceiling(replace(traffic, cold=1.0)))
 
 
 def test_rows_of_a_case_compare_it_with_streaming_and_with_all_other_work() -> None:

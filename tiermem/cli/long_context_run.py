@@ -82,6 +82,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     given = {key: str(getattr(options, key) or value) for key, value in usual.items()}
     if options.ssd_path is None and _size("ssd", options.ssd) > 0:
         raise ConfigError(f"--ssd {options.ssd}: needs --ssd-path")
+    if options.ssd_path is not None and not options.ssd_path.is_dir():
+        raise ConfigError(f"--ssd-path {options.ssd_path}: there is no such directory")
     return Settings(
         fill=Fill.SYNTHETIC if options.synthetic_kv else Fill.PREFILL,
         contexts=tuple(_tokens(text) for text in _parts("context", given["context"])),

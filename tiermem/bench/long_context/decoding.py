@@ -39,13 +39,15 @@ class Traffic:
     """What one step moved and attended, on the mean of the timed ones. Bytes of K and V; seconds.
 
     streamed: layers of pages that crossed the link for the step. promoted: whole pages that did. attended: by the
-    CPU where they lie in RAM, in `attended_s`. in_tiers: what lies in each tier at the end, by its name.
+    CPU where they lie in RAM, in `attended_s`. cold: what was read from the SSD for all of that. in_tiers: what
+    lies in each tier at the end, by its name.
     """
 
     streamed: float
     promoted: float
     attended: float
     attended_s: float
+    cold: float
     in_tiers: dict[str, int]
 
     @property
@@ -96,6 +98,7 @@ def traffic(before: Stats, after: Stats) -> Traffic:
         promoted=(_promoted(after) - _promoted(before)) / steps,
         attended=(after.attended_bytes - before.attended_bytes) / steps,
         attended_s=(after.attended_s - before.attended_s) / steps,
+        cold=(_cold(after) - _cold(before)) / steps,
         in_tiers={tier.tier: tier.used * tier.page_bytes for tier in after.tiers if tier.slots},
     )
 
@@ -106,3 +109,7 @@ def _streamed(stats: Stats) -> int:
 
 def _promoted(stats: Stats) -> int:
     return sum(flow.num_bytes for flow in stats.flows if flow.dst == "GPU")
+
+
+def _cold(stats: Stats) -> int:
+    return sum(flow.num_bytes + flow.streamed_bytes for flow in stats.flows if flow.src == "SSD")

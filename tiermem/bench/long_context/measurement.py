@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -146,7 +147,7 @@ class Measurement:
         text = f"gpu {format_bytes(case.gpu_bytes)}, CPU share {case.share.text}"
         self._begin(text, request)
         warm = request.sizes.warm_bytes(self._settings)
-        done, moved, worst = self._run_tiered(request, self._config(case.gpu_bytes, warm, share))
+        done, moved, worst = self._run_tiered(request, case.gpu_bytes, warm, share)
         aims = Aims(self._is_reference(case))
         yield from case_results(parameters, done, moved, self._place.rates, other_s, aims, note)
         yield from self._check(text, parameters, request, done)
@@ -165,7 +166,7 @@ class Measurement:
             )
             return
         self._begin(BASELINE_NAMES[Baseline.RESIDENT], request)
-        done, _, _ = self._run_tiered(request, self._config(request.sizes.num_bytes, 0, 0.0))
+        done, _, _ = self._run_tiered(request, request.sizes.num_bytes, 0, 0.0)
         read_bytes = self._model.read_bytes + request.sizes.kv_bytes
         ceiling = Ceiling(HBM, self._place.rates.hbm / read_bytes)
         yield from self._baseline(Baseline.RESIDENT, request, done, ceiling)
@@ -180,8 +181,8 @@ class Measurement:
             yield self._skipped(Baseline.STREAMING, request, reason)
             return
         self._begin(BASELINE_NAMES[Baseline.STREAMING], request)
-        done, moved, _ = self._run_tiered(request, self._config(hot, warm, 0.0))
-        ceiling = self._place.rates.ceiling(moved) or "everything is resident"
+        done, moved, _ = self._run_tiered(request, hot, warm, 0.0)
+        ceiling = self._place.rates.ceiling(moved)
         note = "what LRU comes to: a cyclic scan finds nothing"
         yield from self._baseline(Baseline.STREAMING, request, done, ceiling, note)
 
@@ -236,11 +237,17 @@ class Measurement:
 
     # ---- one run -----------------------------------------------------------------------------------
 
-    def _run_tiered(self, request: Request, config: TierConfig) -> tuple[Decoded, Traffic, float]:
+    def _run_tiered(
+        self, request: Request, gpu: int, ram: int, share: float | None
+    ) -> tuple[Decoded, Traffic, float]:
         """Fill, decode, look at everything; the worst difference from float64 at the end."""
         model, context = self._model, request.sizes.context
         before: list[Stats] = []
-        with model.open_tiered(config, self._settings.page_tokens, self._place.pinning) as cache:
+        with ExitStack() as run:
+            config = self._config(gpu, ram, share, run)
+            cache = run.enter_context(
+                model.open_tiered(config, self._settings.page_tokens, self._place.pinning)
+            )
             manager = cache.manager
             if self._settings.fill is Fill.SYNTHETIC:
                 told = self._told(request)
@@ -271,8 +278,8 @@ class Measurement:
 
     def _other_work(self) -> float:
         """Seconds of a step over a few resident tokens: weights, launches, and next to no K and V."""
-        config = self._config(SPARE_PAGES * self._layout.slot_bytes, 0, 0.0)
         ids = self._random_ids(SHORT_TOKENS + SHORT_STEPS)
+        config = self._config(SPARE_PAGES * self._layout.slot_bytes, 0, 0.0, ExitStack())
         with self._model.open_tiered(config, self._settings.page_tokens, None) as cache:
             self._model.feed(cache, ids[:SHORT_TOKENS])
             done = decode(self._model, cache, ids[SHORT_TOKENS:].tolist(), self._place.sync)
@@ -296,14 +303,20 @@ class Measurement:
         ids = torch.randint(self._model.shape.vocab_size, (count,), generator=make)
         return ids.to(self._model.device)
 
-    def _config(self, gpu: int, ram: int, share: float | None) -> TierConfig:
+    def _config(self, gpu: int, ram: int, share: float | None, run: ExitStack) -> TierConfig:
+        """The tiers of one run; the cold one, for what finds no room in RAM, is removed with it."""
         settings = self._settings
-        # the cold tier is for what finds no room above it
-        needs_ssd = ram > 0 and settings.ssd_bytes > 0
+        ssd, path = 0, None
+        if ram > 0 and settings.ssd_bytes > 0:
+            ssd, path = (
+                settings.ssd_bytes,
+                run.enter_context(
+                    TemporaryDirectory(prefix="tiermem-bench-", dir=settings.ssd_path)
+                ),
+            )
         return TierConfig(
-            gpu=gpu, ram=ram, ssd=settings.ssd_bytes if needs_ssd else 0,
-            ssd_path=settings.ssd_path if needs_ssd else None,
-            device=str(self._model.device), cpu_share=share, cpu_threads=settings.cpu_threads,
+            gpu=gpu, ram=ram, ssd=ssd, ssd_path=path, device=str(self._model.device),
+            cpu_share=share, cpu_threads=settings.cpu_threads,
         )  # fmt: skip
 
     def _parameters(self, request: Request) -> dict[str, str | int]:

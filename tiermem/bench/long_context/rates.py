@@ -62,10 +62,12 @@ class MachineRates:
         """What a step's bytes that are not resident take at the least."""
         return moved.not_resident / self._rate(moved)[1]
 
-    def ceiling(self, moved: Traffic) -> Ceiling | None:
-        """Tokens/s that these bytes allow; None where everything is resident."""
+    def ceiling(self, moved: Traffic) -> Ceiling | str:
+        """Tokens/s that these bytes allow, or why that is not known."""
         if moved.not_resident == 0:
-            return None
+            return "everything is resident"
+        if moved.cold > 0:
+            return "some of it comes from the SSD, whose rate is not measured here"
         return Ceiling(self._rate(moved)[0], 1 / self.least_s(moved))
 
     def _rate(self, moved: Traffic) -> tuple[str, float]:

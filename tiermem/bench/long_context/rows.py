@@ -68,10 +68,10 @@ def case_results(
     target = aims.of(SHARED_TARGET if shared else LINK_TARGET)
     subject = Subject(
         NAME, DECODE, parameters, "tokens/s",
-        target_percent=None if ceiling is None else target, note=note,
+        target_percent=target if isinstance(ceiling, Ceiling) else None, note=note,
     )  # fmt: skip
-    yield measured(subject, done.rates, ceiling or "everything is resident")
-    if ceiling is not None:
+    yield measured(subject, done.rates, ceiling)
+    if isinstance(ceiling, Ceiling):
         whole = Ceiling(
             f"{ceiling.name}, and then all other work", 1 / (rates.least_s(moved) + other_s)
         )
