@@ -94,6 +94,9 @@ def test_rows_of_a_case_compare_it_with_streaming_and_with_all_other_work() -> N
     link = rows["step: streamed bytes at the link's rate"].figures
     assert link is not None
     assert link.median == pytest.approx(200)
+    hot = rows["step: hot K and V at the memory's rate"].figures
+    assert hot is not None
+    assert hot.median == pytest.approx(8 * GIB / 4e9)
 
 
 def test_without_the_cpu_the_aim_is_the_link() -> None:

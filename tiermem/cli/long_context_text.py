@@ -12,6 +12,7 @@ from tiermem.bench.long_context.rates import MACHINE
 from tiermem.bench.long_context.rows import (
     ATTENDED_MS,
     DECODE,
+    HOT_MS,
     LINK_MS,
     LOGITS,
     NOT_RESIDENT,
@@ -123,7 +124,7 @@ def _steps(cases: Sequence[Sequence[Result]], results: Sequence[Result]) -> Tabl
     """What a step's time is made of, as far as it can be seen from outside, and what it is better than."""
     titles = (
         "a step: context", "gpu", "not resident", "time", "CPU attends", "link, at its rate",
-        "other work", "of ceiling + other work", "over streaming", "over offloaded",
+        "hot, at its rate", "other work", "of ceiling + other work", "over streaming", "over offloaded",
     )  # fmt: skip
     over = {
         str(result.subject.parameters): result.figures.median
@@ -139,7 +140,7 @@ def _step(case: Sequence[Result], over: Mapping[str, float]) -> tuple[str, ...]:
     shares = [row.percent_of_ceiling for row in case if row.subject.name == WITH_OTHER]
     values = (
         (find(case, NOT_RESIDENT), "GB"),
-        *((find(case, name), "ms") for name in (STEP, ATTENDED_MS, LINK_MS, OTHER_MS)),
+        *((find(case, name), "ms") for name in (STEP, ATTENDED_MS, LINK_MS, HOT_MS, OTHER_MS)),
         (shares[0] if shares else None, "%"),
         (find(case, OVER_STREAMING), "x"),
         (over.get(str(given)), "x"),

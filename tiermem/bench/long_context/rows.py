@@ -16,6 +16,7 @@ STEP = "step"
 NOT_RESIDENT = "a step: not resident"
 ATTENDED_MS = "step: CPU attention"
 LINK_MS = "step: streamed bytes at the link's rate"
+HOT_MS = "step: hot K and V at the memory's rate"
 OTHER_MS = "step: all other work, by itself"
 OVER_STREAMING = "over streaming all that is not resident"
 WITH_OTHER = "decode, against the ceiling and other work"
@@ -107,6 +108,7 @@ def _times(
         (STEP, list(done.seconds)),
         (ATTENDED_MS, [moved.attended_s]),
         (LINK_MS, [link_s]),
+        (HOT_MS, [moved.in_tiers["GPU"] / rates.hbm]),
         (OTHER_MS, [other_s]),
     ):
         subject = Subject(NAME, name, parameters, "ms", Better.LOWER)
