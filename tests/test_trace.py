@@ -86,7 +86,7 @@ torch.cuda.nvtx.range_pop = lambda: seen.append(")")
 torch.version.cuda = torch.version.cuda or "13.0"
 from tiermem import PageLayout, TierConfig, TierManager
 layout = PageLayout(2, 1, 16, "float16", 16)
-config = TierConfig(gpu=layout.slot_bytes * 4, ram="1MiB", device="cpu")
+config = TierConfig(gpu=layout.slot_bytes * 4, ram="1MiB", device="cpu", cpu_share=0)
 with TierManager(layout, config) as manager:
     sequence = manager.open_sequence()
     for count in (40, 40, 1):
