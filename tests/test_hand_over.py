@@ -9,7 +9,7 @@ import pytest
 import torch
 from texts import Q_HEADS, TOLERANCE, Text, config_of, run_step
 
-from tiermem import PageLayout, TierConfig, TierManager, TransferError
+from tiermem import ConfigError, PageLayout, TierConfig, TierManager, TransferError
 from tiermem.device.simulated import SimulatedDevice
 from tiermem.hand_over import NUM_BUFFERS, HandOver
 from tiermem.ram_attention import RamPolicy
@@ -139,6 +139,33 @@ def test_work_that_is_refused_undoes_the_step(
         patch.setattr(ram._attention, "submit", refuses)
         check_that_a_step_fails(manager, text, "the CPU cannot attend: attention overruns")
     assert run_step(manager, [text], [2]) < TOLERANCE["float16"]
+
+
+def test_memory_that_is_refused_undoes_the_step(
+    manager: TierManager, text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ram, device = manager._core.ram, manager._device
+    assert isinstance(ram, HandOver)
+    assert run_step(manager, [text], [1]) < TOLERANCE["float16"]
+    allocate, count = device.allocate_host, iter(range(100))
+
+    def refuses(num_bytes: int) -> object:
+        if next(count) == 2:
+            raise ConfigError("no memory is left")
+        return allocate(num_bytes)
+
+    kept, tokens = (text.k, text.v), text.sequence.num_tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "allocate_host", refuses)
+        with pytest.raises(ConfigError, match="no memory is left"):
+            run_step(manager, [text], [20])
+    text.k, text.v = kept
+    assert text.sequence.num_tokens == tokens
+    assert run_step(manager, [text], [1]) < TOLERANCE["float16"]
+    assert len(ram._buffers) == NUM_BUFFERS
+    for buffer in ram._buffers:
+        assert buffer.memory.tensor.numel(), "one that was freed is in use"
+    assert run_step(manager, [text], [30]) < TOLERANCE["float16"]
 
 
 def test_wrong_queries_are_refused_before_anything_is_handed_over(

@@ -197,8 +197,11 @@ class HandOver:
         self._device.compute_stream().synchronize()
         for buffer in self._buffers:
             buffer.memory.free()
+        # What was freed is forgotten before anything is allocated, which may fail.
+        self._buffers, self._items = [], (0, 0)
+        for _ in range(NUM_BUFFERS):
+            self._buffers.append(self._new_buffer(*wanted))
         self._items = wanted
-        self._buffers = [self._new_buffer(*wanted) for _ in range(NUM_BUFFERS)]
 
     def _new_buffer(self, items: int, rows: int) -> _Buffer:
         dtype = TORCH_DTYPES[self._pool.layout.dtype]
