@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -180,3 +181,12 @@ def start_holder(
 def end(process: subprocess.Popen[str]) -> None:
     """Let a holder end and close its pipes."""
     process.communicate(timeout=60)
+
+
+def untiered(model_dir: Path, prompt: str, **options: object) -> list[int]:
+    """What model.generate adds to `prompt`, without any of our code."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    ids = torch.tensor([list(prompt.encode())])
+    with one_thread():
+        tokens: list[int] = model.generate(ids, **options)[0, ids.shape[1] :].tolist()
+    return tokens

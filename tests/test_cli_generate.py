@@ -13,8 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import CPU, TIERS, Cli, one_thread, save_model, start, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM
+from cli_support import (
+    CPU,
+    TIERS,
+    Cli,
+    one_thread,
+    save_model,
+    start,
+    tiny_gpt2,
+    tiny_llama,
+    untiered,
+)
 
 from tiermem.cli import loop
 from tiermem.cli.verify import Choices, Referee, Verdict
@@ -34,14 +43,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     with one_thread():
         yield Cli(capsys)
-
-
-def untiered(model_dir: Path, prompt: str, **options: object) -> list[int]:
-    """What model.generate adds to `prompt`, without any of our code."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    ids = torch.tensor([list(prompt.encode())])
-    tokens: list[int] = model.generate(ids, **options)[0, ids.shape[1] :].tolist()
-    return tokens
 
 
 def text_of(token_ids: list[int]) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_support import CPU, TIERS, Cli, one_thread, save_model, tiny_llama
-from transformers import AutoModelForCausalLM
+from cli_support import CPU, TIERS, Cli, one_thread, save_model, tiny_llama, untiered
 
 from tiermem.cli import generate
 from tiermem.cli.summary import acceptance_text
@@ -30,15 +29,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cli(capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
     with one_thread():
         yield Cli(capsys)
-
-
-def untiered(model_dir: Path, prompt: str, **options: object) -> list[int]:
-    """What model.generate adds to `prompt`, without any of our code."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    ids = torch.tensor([list(prompt.encode())])
-    with one_thread():
-        tokens: list[int] = model.generate(ids, **options)[0, ids.shape[1] :].tolist()
-    return tokens
 
 
 def check_figures(document: dict[str, Any], most: int) -> None:
