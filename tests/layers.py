@@ -18,6 +18,7 @@ LAYERS = {
     "errors": ["tiermem.errors"],
     "layout": ["tiermem.layout"],
     "trace": ["tiermem.trace"],
+    "ram_split": ["tiermem.ram_split"],
     "config": [
         "tiermem.config",
         "tiermem.configfile",
@@ -79,6 +80,7 @@ LAYERS = {
 
 _STEP = {
     "native",
+    "ram_split",
     "trace",
     "errors",
     "layout",
@@ -96,7 +98,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "layout": set(),
     "trace": set(),
-    "config": {"errors", "layout"},
+    "ram_split": set(),
+    "config": {"errors", "layout", "ram_split"},
     "device": {"errors", "native"},
     "attention": {"native", "layout"},
     "pools": {"native", "errors", "layout", "device"},
@@ -108,7 +111,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service": _MANAGER | {"manager", "package"},
     "integrations": _MANAGER | {"manager", "package"},
     "package": _MANAGER | {"manager"},
-    "forecast": {"errors", "layout", "config"},
+    "forecast": {"errors", "layout", "ram_split", "config"},
     "measure": {"native", "errors", "layout", "config", "device", "attention", "pools", "store"},
     "bench": _MANAGER | {"manager", "measure", "forecast", "package", "integrations"},
     "cli": _MANAGER

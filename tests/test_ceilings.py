@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tiermem.attention.cpus import usable_cpus
 from tiermem.device.cpu import CpuDevice
 from tiermem.device.protocol import Direction
 from tiermem.measure import ceilings as module
@@ -52,6 +53,7 @@ def test_bytes_and_operations_are_counted(device: CpuDevice, one_second: None) -
         assert ceilings.hbm_copy_rate() == 1 << 20  # half is read, half is written
         assert ceilings.ram_read_rate(1) == 1 << 20
         assert ceilings.ram_copy_rate(2) == 1 << 20
+        assert ceilings.attend_rate("float16", 1) == half  # two layers of one page
         side = module.CPU_MATRIX_SIDE[4]
         assert ceilings.matmul_rate(torch.float32) == 8 * 2 * side**3
 
@@ -171,6 +173,8 @@ def test_all_rates_at_once(device: CpuDevice) -> None:
         rates = ceiling_rates(ceilings, device).to_table()
     assert rates.keys() == {
         "link_to_device", "link_to_host", "link_both", "hbm_read", "hbm_copy", "ram_read_one",
-        "ram_read", "ram_copy", "matmul", "linear_read", "launch_s",
+        "ram_read", "ram_copy", "matmul", "linear_read", "launch_s", "cpu_attend_fp16",
+        "cpu_attend_bf16", "cpu_attend_threads",
     }  # fmt: skip
+    assert rates["cpu_attend_threads"] == usable_cpus()
     assert all(value > 0 for value in rates.values())

@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from tiermem.fields import check_keys, check_number
+from tiermem.ram_split import SplitRates
 
 RATE_RANGE = (1e4, 1e17)
 """Bytes or floating-point operations a second: from far below any hardware to far above."""
 TIME_RANGE = (1e-9, 10.0)
 """Seconds."""
+COUNT_RANGE = (1, 65536)
+ATTENDED_AS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp16"}
+"""Pages of a dtype -> the rates that hold for them; float32 has half of the arithmetic a byte, and no rates of its
+own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,11 @@ class Rates:
     kernel_s, queued_kernel_s: GPU time of a kernel that does next to nothing, in a CUDA graph and launched by
         itself. launch_s: host time to launch it by itself.
     step_s: host time to enter and leave a step of one sequence. layer_s: host time of one append and attend.
+    cpu_attend_fp16, cpu_attend_bf16: K and V attended by the CPU where they lie in RAM, for one new token and 8
+        query heads a KV head; cpu_attend_fp16_beside, cpu_attend_bf16_beside: the same while the link streams
+        other pages to the device; link_beside_fp16, link_beside_bf16: what crosses the link then.
+    cpu_attend_threads: a count, the threads that attended.
+    hand_over_s: what it takes, in each layer, until the CPU has the queries and the GPU the result.
     """
 
     link_to_device: float | None = None
@@ -55,6 +65,14 @@ class Rates:
     launch_s: float | None = None
     step_s: float | None = None
     layer_s: float | None = None
+    cpu_attend_fp16: float | None = None
+    cpu_attend_fp16_beside: float | None = None
+    link_beside_fp16: float | None = None
+    cpu_attend_bf16: float | None = None
+    cpu_attend_bf16_beside: float | None = None
+    link_beside_bf16: float | None = None
+    cpu_attend_threads: float | None = None
+    hand_over_s: float | None = None
 
     @classmethod
     def from_table(cls, table: Mapping[str, object]) -> Rates:
@@ -77,7 +95,17 @@ class Rates:
         """These rates, and where they are unknown those of `other`."""
         return Rates(**{**other.to_table(), **self.to_table()})
 
+    def split(self, dtype: str) -> SplitRates | None:
+        """How link and CPU share what is in RAM, in pages of `dtype`; None where it is not known."""
+        known, kind = self.to_table(), ATTENDED_AS[dtype]
+        cpu, link = known.get(f"cpu_attend_{kind}_beside"), known.get(f"link_beside_{kind}")
+        if cpu is None or link is None:
+            return None
+        return SplitRates(link, cpu, self.link_to_device, known.get(f"cpu_attend_{kind}"))
+
 
 def _number(name: str, value: object) -> float:
     low, high = TIME_RANGE if name.endswith("_s") else RATE_RANGE
+    if name.endswith("_threads"):
+        low, high = COUNT_RANGE
     return check_number(name, value, low, high)

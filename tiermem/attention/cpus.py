@@ -14,6 +14,11 @@ def usable_cpus() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), _cgroup_cpus()))
 
 
+def cpus_beside_gpu() -> int:
+    """How many of them attend beside a GPU: one is left for the thread that launches its work."""
+    return max(1, usable_cpus() - 1)
+
+
 def _cgroup_cpus() -> int:
     """CPUs that the process's control group and those around it grant, rounded up."""
     return min(map(_quota_cpus, _quota_files()), default=os.cpu_count() or 1)

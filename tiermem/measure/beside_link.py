@@ -1,25 +1,34 @@
-"""BesideLink: how fast the CPU reads host memory while the link streams other parts of it to the device."""
+"""BesideLink: how fast the CPU gets through host memory while the link streams other parts of it to the device."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from tiermem.device.protocol import Device, Direction, Event, Memory, Stream
 from tiermem.errors import InvariantError
 
 PIECE_BYTES = 16 << 20
 """Of one copy: large enough for the link's full rate, small enough to count what arrived in a short time."""
-READ_BYTES = 8 << 30
-"""What one timed run reads, in several passes."""
+WORK_S = 0.1
+"""What one timed run takes by itself, about, in whole passes."""
 MARGIN = 3.0
-"""Copies are queued for so many times what reading takes alone, since both slow each other down."""
+"""Copies are queued for so many times what the work takes alone, since both slow each other down."""
 MOST_TRIES = 4
 """With twice as many copies each; where the link still ends first, the device does not copy by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostWork:
+    """What the CPU does beside the link: `once` reads `num_bytes` of host memory, by itself at `rate` bytes/s."""
+
+    once: Callable[[], object]
+    num_bytes: int
+    rate: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,53 +50,45 @@ class BesideLink:
 
 
 def beside_link(
-    device: Device,
-    hot: Memory,
-    host: Memory,
-    read: Callable[[torch.Tensor], object],
-    alone: BesideLink,
-    repeats: int,
+    device: Device, hot: Memory, host: Memory, work: HostWork, link_rate: float, repeats: int
 ) -> BesideLink:
-    """Read the second half of `host` while the first one is copied to `hot`, over and over.
+    """Do `work` while the first half of `host` is copied to `hot`, over and over.
 
     Parameters
     ----------
-    read: reads a tensor of bytes once, on all threads that are to read.
-    alone: the rates of both without the other, which say how many copies are needed.
+    work: reads what it reads of the second half of `host`.
+    link_rate: of the link by itself, bytes/s, which says how many copies are needed.
     repeats: at least 1; the one with the median total counts.
 
     Raises
     ------
-    InvariantError: copies end before reading does, however many are queued. TransferError: a copy failed.
+    InvariantError: copies end before the work does, however many are queued. TransferError: a copy failed.
     """
-    data = host.tensor[host.num_bytes // 2 :]
     copies = _Copies(device, hot, host, host.num_bytes // 2)
-    passes = max(1, READ_BYTES // data.numel())
-    read(data)
-    read_s = passes * data.numel() / alone.ram
-    count = int(MARGIN * read_s * alone.link / copies.piece_bytes) + 2
-    found = [_once(copies, count, lambda: read(data), passes, data) for _ in range(repeats)]
+    passes = math.ceil(WORK_S * work.rate / work.num_bytes)
+    work.once()
+    work_s = passes * work.num_bytes / work.rate
+    count = int(MARGIN * work_s * link_rate / copies.piece_bytes) + 2
+    found = [_once(copies, count, work, passes) for _ in range(repeats)]
     return sorted(found, key=lambda each: each.total)[len(found) // 2]
 
 
-def _once(
-    copies: _Copies, count: int, read: Callable[[], object], passes: int, data: torch.Tensor
-) -> BesideLink:
+def _once(copies: _Copies, count: int, work: HostWork, passes: int) -> BesideLink:
     for _ in range(MOST_TRIES):
         events = copies.queue(count)
         events[0].wait()
         start_s = time.perf_counter()
         for _ in range(passes):
-            read()
+            work.once()
         seconds = time.perf_counter() - start_s
         arrived = sum(event.done() for event in events[1:])
         copies.stream.synchronize()
         if arrived < len(events) - 1:
             return BesideLink(
-                passes * data.numel() / seconds, arrived * copies.piece_bytes / seconds
+                passes * work.num_bytes / seconds, arrived * copies.piece_bytes / seconds
             )
         count *= 2
-    raise InvariantError(f"all of {count // 2} copies ended before the CPU had read beside them")
+    raise InvariantError(f"all of {count // 2} copies ended before the CPU was done beside them")
 
 
 class _Copies:

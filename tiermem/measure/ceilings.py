@@ -18,7 +18,8 @@ from tiermem.device.copy_measure import MeasurableDevice
 from tiermem.device.copy_rates import CopyMethod
 from tiermem.device.host import host_free_bytes
 from tiermem.device.protocol import Addresses, Device, DeviceKind, Direction, Memory
-from tiermem.measure.beside_link import BesideLink, beside_link
+from tiermem.measure.attended import AttendedPages
+from tiermem.measure.beside_link import BesideLink, HostWork, beside_link
 from tiermem.measure.products import ProductCosts, product_costs
 from tiermem.measure.timing import time_device, time_host
 
@@ -93,7 +94,7 @@ class Ceilings:
         self._effort = effort
         self._known: dict[tuple[object, ...], float] = {}
         self._products: dict[torch.dtype, ProductCosts] = {}
-        self._beside: dict[int, BesideLink] = {}
+        self._beside: dict[tuple[object, ...], BesideLink] = {}
         on_gpu = device.kind is DeviceKind.CUDA
         self._reductions = {**GPU_REDUCTIONS, **_compiled()} if on_gpu else CPU_REDUCTIONS
         self._hot = device.allocate(
@@ -194,21 +195,33 @@ class Ceilings:
         ------
         ValueError: `threads` is below 1, or the device copies while the host waits.
         """
-        if self._device.kind is not DeviceKind.CUDA:
-            raise ValueError(f"{self._device.name}: copies nothing beside the host")
-        if threads not in self._beside:
-            alone = BesideLink(
-                self.ram_read_rate(threads), self.link_rate(Direction.HOST_TO_DEVICE)
-            )
-            with _threads(threads), _by_dma(self._device):
-                found = [
-                    beside_link(
-                        self._device, self._hot, self._host, way, alone, self._effort.repeats
-                    )
-                    for way in CPU_REDUCTIONS.values()
-                ]
-            self._beside[threads] = max(found, key=lambda each: each.total)
-        return self._beside[threads]
+        rate, data = self.ram_read_rate(threads), _halves(self._host)[1]
+        works = [
+            HostWork(partial(way, data), data.numel(), rate) for way in CPU_REDUCTIONS.values()
+        ]
+        with _threads(threads):
+            return self._beside_link("ram", threads, works=works)
+
+    def attend_rate(self, dtype: str, threads: int) -> float:
+        """Bytes/s of K and V, pages of `dtype` in host memory, that `threads` threads attend for one new token.
+
+        Raises
+        ------
+        ValueError: as AttendedPages.
+        """
+        pages = AttendedPages(_halves(self._host)[1], dtype, threads)
+        return self._once("attend", dtype, threads, measure=lambda: self._measure_attention(pages))
+
+    def attend_beside_link(self, dtype: str, threads: int) -> BesideLink:
+        """The same while the link streams to the device.
+
+        Raises
+        ------
+        ValueError: as AttendedPages, or the device copies while the host waits.
+        """
+        pages = AttendedPages(_halves(self._host)[1], dtype, threads)
+        work = HostWork(pages, pages.num_bytes, self.attend_rate(dtype, threads))
+        return self._beside_link("attend", dtype, threads, works=[work])
 
     def matmul_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s of products of large square matrices of random numbers."""
@@ -228,6 +241,22 @@ class Ceilings:
         if key not in self._known:
             self._known[key] = measure()
         return self._known[key]
+
+    def _beside_link(self, *key: object, works: list[HostWork]) -> BesideLink:
+        """The best of several ways to read host memory beside the link."""
+        if self._device.kind is not DeviceKind.CUDA:
+            raise ValueError(f"{self._device.name}: copies nothing beside the host")
+        if key not in self._beside:
+            link_rate = self.link_rate(Direction.HOST_TO_DEVICE)
+            with _by_dma(self._device):
+                found = [
+                    beside_link(
+                        self._device, self._hot, self._host, work, link_rate, self._effort.repeats
+                    )
+                    for work in works
+                ]
+            self._beside[key] = max(found, key=lambda each: each.total)
+        return self._beside[key]
 
     def _measure_link(self, ways: list[Direction]) -> float:
         """Each way has a part of both buffers and a stream of its own."""
@@ -281,6 +310,9 @@ class Ceilings:
         src, dst = _halves(self._host)
         samples = time_host(lambda: dst.copy_(src), self._effort.repeats)
         return 2 * src.numel() / samples.median_s
+
+    def _measure_attention(self, pages: AttendedPages) -> float:
+        return pages.num_bytes / time_host(pages, self._effort.repeats).median_s
 
     def _measure_matmul(self, dtype: torch.dtype) -> float:
         sides = GPU_MATRIX_SIDE if self._device.kind is DeviceKind.CUDA else CPU_MATRIX_SIDE

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from tiermem.attention.cpus import cpus_beside_gpu, usable_cpus
 from tiermem.device.protocol import Device, DeviceKind, Direction
 from tiermem.measure.ceilings import Ceilings
 from tiermem.measure.launches import kernel_time_s, launch_time_s, queued_kernel_time_s
 from tiermem.rates import Rates
 
+ATTENDED = {"float16": "fp16", "bfloat16": "bf16"}
+"""Dtypes that the CPU attends at rates of their own, and what the names of these end in."""
 LEAST_S = 1e-9
 """The shortest time that rates hold."""
 
@@ -19,7 +22,7 @@ def ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
     threads = torch.get_num_threads()
     dtype = torch.float16 if on_gpu else torch.float32
     products = ceilings.product_costs(dtype)
-    return Rates(
+    rates = Rates(
         link_to_device=ceilings.link_rate(Direction.HOST_TO_DEVICE),
         link_to_host=ceilings.link_rate(Direction.DEVICE_TO_HOST),
         link_both=ceilings.two_way_link_rate(),
@@ -35,3 +38,17 @@ def ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
         queued_kernel_s=queued_kernel_time_s(device, ceilings.repeats),
         launch_s=launch_time_s(device, ceilings.repeats),
     )
+    return rates.over(_attend_rates(ceilings, on_gpu))
+
+
+def _attend_rates(ceilings: Ceilings, on_gpu: bool) -> Rates:
+    """The CPU's attention, beside the link too where there is one."""
+    threads = cpus_beside_gpu() if on_gpu else usable_cpus()
+    known: dict[str, float] = {"cpu_attend_threads": threads}
+    for dtype, kind in ATTENDED.items():
+        known[f"cpu_attend_{kind}"] = ceilings.attend_rate(dtype, threads)
+        if on_gpu:
+            beside = ceilings.attend_beside_link(dtype, threads)
+            known[f"cpu_attend_{kind}_beside"] = beside.ram
+            known[f"link_beside_{kind}"] = beside.link
+    return Rates(**known)
