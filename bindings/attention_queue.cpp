@@ -58,7 +58,7 @@ AttentionQueue::Ticket submit(
     const ArrayIn<std::int32_t>& q_start, std::uintptr_t q, std::int64_t row_stride,
     std::int64_t head_stride, std::int64_t num_heads, double scale,
     std::optional<std::int64_t> window, std::uintptr_t out, FloatType out_type, std::uintptr_t lse,
-    const FlagIn& ready, const FlagIn& done) {
+    const FlagIn& ready, const FlagIn& done, std::optional<std::uintptr_t> page_lse) {
   PageTables tables{slices.shape(1),     {slices.data(), slices.size()}, {}, span_of(num_pages),
                     span_of(kv_end), span_of(row_starts),            span_of(q_start)};
   if (starts) tables.starts = {starts->data(), starts->size()};
@@ -67,7 +67,8 @@ AttentionQueue::Ticket submit(
                          tables,
                          {pointer<const void>(q), row_stride, head_stride,
                           static_cast<std::size_t>(num_heads), scale, window},
-                         {out_type, pointer<void>(out), pointer<float>(lse)},
+                         {out_type, pointer<void>(out), pointer<float>(lse),
+                          pointer<float>(page_lse.value_or(0))},
                          flag(ready),
                          flag(done)};
   const nb::gil_scoped_release release;
@@ -111,7 +112,8 @@ void bind_attention_queue(nb::module_& module) {
            "head_dim"_a, "slices"_a.noconvert(), "starts"_a.none().noconvert(),
            "num_pages"_a.noconvert(), "kv_end"_a.noconvert(), "row_starts"_a.noconvert(),
            "q_start"_a.noconvert(), "q"_a, "row_stride"_a, "head_stride"_a, "num_heads"_a,
-           "scale"_a, "window"_a.none(), "out"_a, "out_type"_a, "lse"_a, "ready"_a, "done"_a)
+           "scale"_a, "window"_a.none(), "out"_a, "out_type"_a, "lse"_a, "ready"_a, "done"_a,
+           "page_lse"_a.none() = nb::none())
       .def("poll", &AttentionQueue::poll, "ticket"_a, Release())
       .def("cancel", &AttentionQueue::cancel, "ticket"_a, Release())
       .def("forget", &AttentionQueue::forget, "ticket"_a, Release())

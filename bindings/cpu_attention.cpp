@@ -41,7 +41,8 @@ void attend(CpuAttention& attention, FloatType type, std::int64_t num_kv_heads,
             const ArrayIn<std::int32_t>& row_starts, const ArrayIn<std::int32_t>& q_start,
             std::int64_t q, std::int64_t row_stride, std::int64_t head_stride,
             std::int64_t num_heads, double scale, std::optional<std::int64_t> window,
-            std::int64_t out, FloatType out_type, std::int64_t lse) {
+            std::int64_t out, FloatType out_type, std::int64_t lse,
+            std::optional<std::int64_t> page_lse) {
   const KvShape shape{type, at_least_one("num_kv_heads", num_kv_heads),
                       at_least_one("page_tokens", page_tokens), at_least_one("head_dim", head_dim)};
   if (at_least_one("num_heads", num_heads) % shape.num_kv_heads != 0) {
@@ -56,7 +57,8 @@ void attend(CpuAttention& attention, FloatType type, std::int64_t num_kv_heads,
                           scale, window};
   const nb::gil_scoped_release release;
   attention.attend(shape, tables, queries,
-                   {out_type, pointer(out), static_cast<float*>(pointer(lse))});
+                   {out_type, pointer(out), static_cast<float*>(pointer(lse)),
+                    static_cast<float*>(pointer(page_lse.value_or(0)))});
 }
 
 }  // namespace
@@ -89,5 +91,6 @@ void bind_cpu_attention(nb::module_& module) {
            "head_dim"_a, "slices"_a.noconvert(), "starts"_a.none().noconvert(),
            "num_pages"_a.noconvert(), "kv_end"_a.noconvert(), "row_starts"_a.noconvert(),
            "q_start"_a.noconvert(), "q"_a, "row_stride"_a, "head_stride"_a, "num_heads"_a,
-           "scale"_a, "window"_a.none(), "out"_a, "out_type"_a, "lse"_a);
+           "scale"_a, "window"_a.none(), "out"_a, "out_type"_a, "lse"_a,
+           "page_lse"_a.none() = nb::none());
 }

@@ -45,11 +45,17 @@ class Words:
 class Job:
     """One case with buffers for queries and result, which hold nothing yet."""
 
-    def __init__(self, case: Case, out_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, case: Case, out_dtype: torch.dtype = torch.float32, wants_pages: bool = False
+    ) -> None:
         self.case = case
         self.q = torch.full(case.q.shape, math.nan, dtype=case.q.dtype)
         self.out = torch.full(case.q.shape, 123.0, dtype=out_dtype)
         self.lse = torch.full(case.q.shape[:2], 123.0)
+        self.page_lse = self._page_lse() if wants_pages else None
+
+    def _page_lse(self) -> torch.Tensor:
+        return torch.full((*self.case.q.shape[:2], self.case.tables.max_pages), 123.0)
 
     def submit(self, attention: QueuedAttention, words: Words, value: int = 1) -> int:
         ready, done = words.flags(value)
@@ -63,6 +69,7 @@ class Job:
             done=done,
             scale=self.case.scale,
             window=self.case.window,
+            page_lse=self.page_lse,
         )
 
     def send_queries(self, words: Words, value: int = 1) -> None:
@@ -70,6 +77,7 @@ class Job:
         words.array[READY] = value
 
     def is_right(self) -> bool:
+        page_lse = None if self.page_lse is None else self._page_lse()
         expected = InPlaceAttention(1).attend(
             self.case.pool,
             cases.LAYER,
@@ -78,11 +86,15 @@ class Job:
             scale=self.case.scale,
             window=self.case.window,
             out_dtype=self.out.dtype,
+            page_lse=page_lse,
         )
+        if page_lse is not None and self.page_lse is not None:
+            assert torch.equal(self.page_lse, page_lse)
         return torch.equal(self.out, expected[0]) and torch.equal(self.lse, expected[1])
 
     def is_nan(self) -> bool:
-        return bool(self.out.isnan().all() and self.lse.isnan().all())
+        results = [self.out, self.lse, *([] if self.page_lse is None else [self.page_lse])]
+        return all(bool(result.isnan().all()) for result in results)
 
 
 @pytest.fixture
@@ -104,7 +116,7 @@ def test_results_are_those_of_attention_in_place(
     out_dtype: torch.dtype, attention: QueuedAttention
 ) -> None:
     words = Words(2**32 - 2)  # wraps on the way
-    jobs = [Job(make_case(SHAPES[i % 3], seed=i), out_dtype) for i in range(12)]
+    jobs = [Job(make_case(SHAPES[i % 3], seed=i), out_dtype, i % 2 == 0) for i in range(12)]
     values = [(2**32 - 1 + i) % 2**32 for i in range(len(jobs))]
     tickets = [job.submit(attention, words, value) for job, value in zip(jobs, values, strict=True)]
 
@@ -155,7 +167,7 @@ def test_queries_in_any_strides(attention: QueuedAttention) -> None:
 
 def test_queries_that_do_not_come_end_at_the_deadline() -> None:
     attention = QueuedAttention(1, deadline_s=0.02)
-    job, words = Job(make_case(SHAPES[0], seed=1)), Words()
+    job, words = Job(make_case(SHAPES[0], seed=1), wants_pages=True), Words()
     ticket = job.submit(attention, words)
     words.wait_until_done(1)
     outcome = attention.poll(ticket)
@@ -236,6 +248,7 @@ def test_wrong_tensors_are_refused(attention: QueuedAttention) -> None:
     refuses(ValueError, "q of shape", q=right.q.new_zeros(rows, head_dim, heads).transpose(1, 2))
     refuses(ValueError, "out of shape", out=right.out[:, :1])
     refuses(ValueError, "lse of shape", lse=torch.zeros(heads, rows).T)
+    refuses(ValueError, "page_lse of shape", page_lse=torch.zeros(rows, heads, 1))
     refuses(ValueError, "out on meta", out=torch.zeros_like(right.out, device="meta"))
     refuses(ValueError, "num_heads=3: must be a multiple of 2",
             q=right.q[:, :3], out=right.out[:, :3].contiguous(), lse=right.lse[:, :3].contiguous())  # fmt: skip

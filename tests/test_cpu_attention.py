@@ -67,6 +67,60 @@ def test_every_set_of_instructions_agrees_with_float64(
     cases.check(case, _run(case, attention), tolerance=EXACT)
 
 
+@pytest.mark.parametrize("instructions", SUPPORTED, ids=lambda value: value.name)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(head_dim=80, group=7, kv_heads=2, page_tokens=64, stored=(500,), dtype="float16"),
+        Shape(head_dim=48, group=3, rows=(1, 9), stored=(200, 9), page_tokens=16, scattered=True),
+        Shape(head_dim=32, group=5, rows=(11,), stored=(290,), window=70, page_tokens=128),
+        Shape(head_dim=16, group=2, rows=(0, 1), stored=(4, 1), dtype="bfloat16", gain=8.0),
+    ],
+)
+def test_the_log_sum_exp_of_each_page(shape: Shape, instructions: AttentionInstructions) -> None:
+    case = make_case(shape, seed=shape.head_dim)
+    attention = InPlaceAttention(instructions=instructions)
+    page_lse = torch.full((*case.q.shape[:2], case.tables.max_pages), 123.0)
+    out, lse = attention.attend(
+        case.pool,
+        cases.LAYER,
+        case.q,
+        case.tables,
+        scale=case.scale,
+        window=case.window,
+        out_dtype=torch.float32,
+        page_lse=page_lse,
+    )
+    plain = _run(case, attention)
+    assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
+    expected = [part.expected()[1] for part in cases.split_pages(case, case.tables.max_pages)]
+    cases.check_lse(page_lse, torch.stack(expected, dim=-1))
+    mass = torch.exp(page_lse.double() - lse.double()[..., None]).sum(-1)
+    assert torch.allclose(mass, (lse > -math.inf).double(), atol=1e-5)
+
+
+def test_page_lse_of_another_form_is_refused() -> None:
+    case = make_case(Shape(), seed=1)
+    shape = (*case.q.shape[:2], case.tables.max_pages)
+    for wrong, error in (
+        (torch.zeros(shape, dtype=torch.float64), TypeError),
+        (torch.zeros(*shape[:2], shape[2] + 1), ValueError),
+        (torch.zeros(shape[0], shape[2], shape[1]).transpose(1, 2), ValueError),
+        (torch.zeros(shape, device="meta"), ValueError),
+    ):
+        with pytest.raises(error, match="page_lse"):
+            InPlaceAttention(1).attend(
+                case.pool,
+                cases.LAYER,
+                case.q,
+                case.tables,
+                scale=1.0,
+                window=None,
+                out_dtype=torch.float32,
+                page_lse=wrong,
+            )
+
+
 def test_queries_of_any_strides() -> None:
     case = make_case(Shape(rows=(3, 2), stored=(40, 50)), seed=2)
     expected = case.run(HostBackend())

@@ -809,12 +809,15 @@ class CpuAttention:
         out: int,
         out_type: FloatType,
         lse: int,
+        page_lse: int | None = None,
     ) -> None:
         """Attend; done on return. Releases the GIL. One call at a time; others wait for it.
 
         `slices` (B, pages) are addresses of the pages' layer slices and `starts`, of the same shape,
         the positions of their first tokens; the other arrays are as in PagedTables. `q`, `out` and
         `lse` are addresses, strides count items, and the output is contiguous.
+        `page_lse`, if any, is the address of (rows, num_heads, pages) float32: the log-sum-exp over each
+        page's tokens alone, -inf where the row sees none.
 
         Raises ValueError for shapes that do not fit, and for a page that a row sees whose address
         is 0.
@@ -920,6 +923,7 @@ class AttentionQueue:
         lse: int,
         ready: tuple[int, int],
         done: tuple[int, int],
+        page_lse: int | None = None,
     ) -> int:
         """Queue a job and return its ticket at once. Releases the GIL; copies the arrays.
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention_feed.h"
+#include "attention_pages.h"
 #include "attention_vectors.h"
 
 namespace tiermem {
@@ -33,6 +34,8 @@ struct BlockTask {
   float* total;            // (kMostLanes): per lane; a line's is the sum over its lanes
   int head_dim;
   int padded_dim;
+  int first_line;         // of the unit
+  const PageSums* pages;  // null: not wanted
   bool fetches;  // whether it prefetches: the first of the blocks that go through the same tokens
 };
 
@@ -58,6 +61,7 @@ struct Block {
     alignas(64) float scores[kTokens * kPeriod];
     score(feed, task, scores);
     mask(feed, task, scores);
+    if (task.pages != nullptr) sum_pages(feed, task, scores);
     soften(feed.count(), task, scores);
     for (int t = 0; t < feed.count(); t += kSumTokens) {
       const int end = t + kSumTokens < feed.count() ? t + kSumTokens : feed.count();
@@ -122,6 +126,41 @@ struct Block {
         if (position < seen.start || position >= seen.end) scores[t * kPeriod + g] = -kInfinity;
       }
     }
+  }
+
+  [[gnu::noinline]] static void sum_pages(const TokenFeed& feed, BlockTask task,
+                                          const float* scores) {
+    for (int p = 0; p < feed.num_parts(); ++p) {
+      const PagePart part = feed.parts()[p];
+      const int start = part.start * kPeriod;
+      const int end = part.end * kPeriod;
+      const int first = start / kLanes * kLanes;
+      Vec top = Isa::all(-kInfinity);
+      for (int i = first; i < end; i += kLanes) top = Isa::max(top, within(scores, i, start, end));
+      top = Isa::max(Isa::all(kLowest), Isa::template max_of_lines<kPeriod>(top));
+      Vec total = Isa::all(0.0F);
+      for (int i = first; i < end; i += kLanes) {
+        const Vec below = Isa::subtract(within(scores, i, start, end), top);
+        total = Isa::add(total, exp2_by_parts<Isa>(below));
+      }
+      alignas(64) float tops[kLanes], totals[kLanes];
+      Isa::store(tops, top);
+      Isa::store(totals, total);
+      for (int i = kPeriod; i < kLanes; ++i) totals[i % kPeriod] += totals[i];
+      for (int g = 0; g < kLines; ++g) {
+        task.pages->add(task.first_line + g, part, tops[g], totals[g]);
+      }
+    }
+  }
+
+  // A vector of scores from i on, -infinity where it is not within [start, end).
+  static Vec within(const float* scores, int i, int start, int end) {
+    if (start <= i && i + kLanes <= end) return Isa::load(scores + i);
+    alignas(64) float some[kLanes];
+    for (int j = 0; j < kLanes; ++j) {
+      some[j] = start <= i + j && i + j < end ? scores[i + j] : -kInfinity;
+    }
+    return Isa::load(some);
   }
 
   // Turns scores into weights 2^(score - peak) and adds them to the totals.
@@ -238,7 +277,8 @@ struct Blocks {
       {nullptr, nullptr}, functions<1>(), functions<2>(), functions<3>(), functions<4>(),
       functions<5>(),     functions<6>(), functions<7>(), functions<8>()};
 
-  static BlockTask block_task(const UnitTask& task, const LineBlocks& blocks, std::size_t block) {
+  static BlockTask block_task(const UnitTask& task, const LineBlocks& blocks, std::size_t block,
+                              const PageSums& pages) {
     const std::size_t line = blocks.start(block);
     return {task.queries + line * task.padded_dim,
             task.sees + line,
@@ -247,25 +287,31 @@ struct Blocks {
             task.partial.total + block * kMostLanes,
             static_cast<int>(task.shape.head_dim),
             static_cast<int>(task.padded_dim),
+            static_cast<int>(line),
+            pages.are_wanted() ? &pages : nullptr,
             false};
   }
 
   static void attend(const UnitTask& task) {
     const LineBlocks blocks(task.num_lines, Isa::kBlockLines);
+    const PageSums pages(task.page_output);
     clear_partial(task.partial, task.num_lines, task.padded_dim, blocks.num_blocks * kMostLanes);
     for (TokenFeed feed(task); feed.count() > 0; feed.next()) {
       bool fetches = true;
       for (std::size_t i = 0; i < blocks.num_blocks; ++i) {
-        BlockTask block = block_task(task, blocks, i);
-        const std::size_t lines = blocks.start(i + 1) - blocks.start(i);
-        if (!feed.any_sees(block.sees, static_cast<int>(lines))) continue;
+        BlockTask block = block_task(task, blocks, i, pages);
+        const int lines = static_cast<int>(blocks.start(i + 1) - blocks.start(i));
+        if (!feed.any_sees(block.sees, lines)) {
+          if (pages.are_wanted()) pages.add_nothing(feed, block.first_line, lines);
+          continue;
+        }
         block.fetches = fetches;
         fetches = false;
         kOfLines[lines].fold(feed, block);
       }
     }
     for (std::size_t i = 0; i < blocks.num_blocks; ++i) {
-      kOfLines[blocks.start(i + 1) - blocks.start(i)].close(block_task(task, blocks, i));
+      kOfLines[blocks.start(i + 1) - blocks.start(i)].close(block_task(task, blocks, i, pages));
     }
   }
 };

@@ -13,6 +13,14 @@ constexpr int kTokens = 64;           // of a block: K and V of 32 KiB for head_
 constexpr int kSumTokens = 16;        // whose V is summed before the sums are stored
 constexpr int kAheadBytes = 8 << 10;  // from what is read to what is prefetched
 
+// Tokens [start, end) of a block, which are one page's.
+struct PagePart {
+  int start;
+  int end;
+  std::uint32_t page;  // index in the sequence's table
+  bool continues;      // the page has tokens in the block before, too
+};
+
 // Up to 64 tokens of a run, in order, and those after them: where their K and V rows lie.
 //
 // The rows are a ring in the order in which they are read: K of the block, V of the block, K of the next
@@ -35,6 +43,8 @@ class TokenFeed {
   const std::int64_t* positions() const { return positions_[half_]; }
   std::int64_t lowest() const { return lowest_[half_]; }
   std::int64_t highest() const { return highest_[half_]; }
+  int num_parts() const { return num_parts_[half_]; }
+  const PagePart* parts() const { return parts_[half_]; }
   const std::byte* const* keys() const { return rows_ + half_ * 2 * kTokens; }
   const std::byte* const* values() const { return keys() + kTokens; }
 
@@ -72,6 +82,7 @@ class TokenFeed {
     const std::byte** keys = rows_ + half * 2 * kTokens;
     const std::byte** values = keys + kTokens;
     int count = 0;
+    num_parts_[half] = 0;
     lowest_[half] = INT64_MAX;
     highest_[half] = INT64_MIN;
     while (count < kTokens && page_ < task_.num_pages) {
@@ -93,6 +104,8 @@ class TokenFeed {
     if (taken > room) taken = room;
     const std::byte* row = page.slice + head_at_ + first * row_bytes_;
     const std::int64_t position = page.position + done_in_page_;
+    parts_[half][num_parts_[half]++] = {count, count + static_cast<int>(taken), page.index,
+                                        done_in_page_ > 0};
     for (std::uint32_t i = 0; i < taken; ++i, row += row_bytes_) {
       keys[count] = row;
       keys[kTokens + count] = row + values_at_;
@@ -117,6 +130,8 @@ class TokenFeed {
   std::size_t page_ = 0;
   std::uint32_t done_in_page_ = 0;
   int counts_[2] = {};
+  int num_parts_[2] = {};
+  PagePart parts_[2][kTokens] = {};
   std::int64_t lowest_[2] = {};
   std::int64_t highest_[2] = {};
   std::int64_t positions_[2][kTokens] = {};

@@ -158,7 +158,6 @@ void merge_line(const MergeTask& task, std::size_t line, std::size_t lane) {
   write_row<Isa>(task.type, sum, sees_nothing ? 0.0F : 1.0F / total,
                  static_cast<int>(task.head_dim),
                  task.out + at * task.head_dim * bytes_of(task.type));
-  constexpr double kLn2 = 0.693147180559945309417;
   task.lse[at] = sees_nothing
                      ? -kInfinity
                      : static_cast<float>(kLn2 * (static_cast<double>(peak) + __builtin_log2(total)));

@@ -135,6 +135,7 @@ QueuedJob::QueuedJob(const AttentionJob& job)
       q_start_(copy_of(job.tables.q_start)),
       tables_{job.tables.max_pages, slices_, starts_, num_pages_, kv_end_, row_starts_, q_start_} {
   num_lse_ = static_cast<std::size_t>(row_starts_.back()) * queries_.num_heads;
+  if (result_.page_lse != nullptr) num_page_lse_ = num_lse_ * tables_.max_pages;
   out_bytes_ = num_lse_ * shape_.head_dim * bytes_of(result_.type);
   std::uint64_t tokens = 0;
   for (std::size_t b = 0; b < num_pages_.size(); ++b) tokens += seen_tokens(job, b);
@@ -151,19 +152,29 @@ bool QueuedJob::is_ready() const noexcept {
   return has_reached(word.load(std::memory_order_acquire), ready_.value);
 }
 
-void QueuedJob::attend(CpuAttention& attention, void* out, float* lse) const {
-  attention.attend(shape_, tables_, queries_, {result_.type, out, lse});
+void QueuedJob::attend(CpuAttention& attention, ResultBuffers& buffers) const {
+  const auto make_room = [](auto& buffer, std::size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+  };
+  make_room(buffers.out, out_bytes_);
+  make_room(buffers.lse, num_lse_);
+  make_room(buffers.page_lse, num_page_lse_);
+  attention.attend(shape_, tables_, queries_,
+                   {result_.type, buffers.out.data(), buffers.lse.data(),
+                    num_page_lse_ > 0 ? buffers.page_lse.data() : nullptr});
 }
 
-void QueuedJob::deliver(const void* out, const float* lse) const noexcept {
+void QueuedJob::deliver(const ResultBuffers& buffers) const noexcept {
   if (num_lse_ == 0) return;
-  std::memcpy(result_.out, out, out_bytes_);
-  std::memcpy(result_.lse, lse, num_lse_ * sizeof(float));
+  std::memcpy(result_.out, buffers.out.data(), out_bytes_);
+  std::copy_n(buffers.lse.data(), num_lse_, result_.lse);
+  std::copy_n(buffers.page_lse.data(), num_page_lse_, result_.page_lse);
 }
 
 void QueuedJob::fill_with_nan() const noexcept {
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   std::fill_n(result_.lse, num_lse_, kNan);
+  std::fill_n(result_.page_lse, num_page_lse_, kNan);
   const std::size_t num_items = num_lse_ * shape_.head_dim;
   if (result_.type == FloatType::float32) {
     std::fill_n(static_cast<float*>(result_.out), num_items, kNan);

@@ -12,6 +12,13 @@
 
 namespace tiermem {
 
+// Where a result is computed before it is delivered. Keeps the largest size asked for.
+struct ResultBuffers {
+  std::vector<std::byte> out;
+  std::vector<float> lse;
+  std::vector<float> page_lse;
+};
+
 // Who moves a job to `ending` writes its result and its outcome, and nobody else.
 enum class JobPhase { queued, waiting, attending, ending, ended };
 
@@ -40,15 +47,13 @@ class QueuedJob {
   // Whether the queries are there. With acquire.
   bool is_ready() const noexcept;
 
-  std::size_t out_bytes() const noexcept { return out_bytes_; }
-  std::size_t num_lse() const noexcept { return num_lse_; }
   std::uint64_t seen_bytes() const noexcept { return seen_bytes_; }
 
-  // Attends into memory of out_bytes() and num_lse(). Throws what attend throws.
-  void attend(CpuAttention& attention, void* out, float* lse) const;
+  // Makes room in the buffers and attends into them. Throws what attend throws.
+  void attend(CpuAttention& attention, ResultBuffers& buffers) const;
 
   // The result, where the job wants it. REQUIRES: phase `ending`.
-  void deliver(const void* out, const float* lse) const noexcept;
+  void deliver(const ResultBuffers& buffers) const noexcept;
   void fill_with_nan() const noexcept;
 
   // Stores done. REQUIRES: phase `ending`, the result is written. ENSURES: phase `ended`.
@@ -72,6 +77,7 @@ class QueuedJob {
   const PageTables tables_;  // of the vectors
   std::size_t out_bytes_ = 0;
   std::size_t num_lse_ = 0;
+  std::size_t num_page_lse_ = 0;  // 0: not wanted
   std::uint64_t seen_bytes_ = 0;
 
   Clock::time_point due_at_{};

@@ -24,6 +24,7 @@ struct SeenPage {
   const std::byte* slice;
   std::uint32_t first;
   std::uint32_t end;
+  std::uint32_t index;  // in the sequence's table
   std::int64_t position;
 };
 
@@ -81,6 +82,15 @@ struct PrepareTask {
   float* prepared;  // (prepared_lines(lines), padded_dim), 64-byte aligned
 };
 
+// Where a group's log-sum-exps of single pages go. Entry of line i and page j of the table:
+// first[i / heads_per_kv * row_stride + i % heads_per_kv * head_stride + j].
+struct PageOutput {
+  float* first = nullptr;  // null: not wanted
+  std::size_t heads_per_kv = 1;
+  std::size_t row_stride = 0;
+  std::size_t head_stride = 0;
+};
+
 struct UnitTask {
   KvShape shape;
   std::size_t padded_dim;
@@ -91,6 +101,7 @@ struct UnitTask {
   const float* queries;    // as PrepareTask left them
   const SeenRange* sees;   // (lines)
   Partial partial;         // overwritten
+  PageOutput page_output;  // each line of each of the pages is written
 };
 
 // Joins the partial results of a group of lines and one KV head.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_feed.h"
+#include "attention_pages.h"
 #include "attention_vectors.h"
 
 namespace tiermem {
@@ -30,6 +31,8 @@ struct PanelTask {
   int num_lines;          // at most kWidth
   int head_dim;
   int padded_dim;
+  int first_line;         // of the unit
+  const PageSums* pages;  // null: not wanted
 };
 
 template <class Isa>
@@ -56,6 +59,7 @@ struct Panel {
     }
     mask(feed, task, scores);
     for (int lane = 0; lane < task.num_lines; lane += kLanes) {
+      if (task.pages != nullptr) sum_pages(feed, task, lane, scores + lane);
       soften(feed.count(), task, lane, scores + lane);
     }
     for (int t = 0; t < feed.count(); t += kSumTokens) {
@@ -109,6 +113,27 @@ struct Panel {
       for (int t = 0; t < feed.count(); ++t) {
         const std::int64_t position = feed.positions()[t];
         if (position < seen.start || position >= seen.end) scores[t * kWidth + g] = -kInfinity;
+      }
+    }
+  }
+
+  // Of one vector of lines, from line `first` on.
+  [[gnu::noinline]] static void sum_pages(const TokenFeed& feed, PanelTask task, int first,
+                                          const float* scores) {
+    for (int p = 0; p < feed.num_parts(); ++p) {
+      const PagePart part = feed.parts()[p];
+      Vec top = Isa::all(kLowest);
+      for (int t = part.start; t < part.end; ++t) top = Isa::max(top, Isa::load(scores + t * kWidth));
+      Vec total = Isa::all(0.0F);
+      for (int t = part.start; t < part.end; ++t) {
+        const Vec below = Isa::subtract(Isa::load(scores + t * kWidth), top);
+        total = Isa::add(total, exp2_by_parts<Isa>(below));
+      }
+      alignas(64) float tops[kLanes], totals[kLanes];
+      Isa::store(tops, top);
+      Isa::store(totals, total);
+      for (int g = 0; g < kLanes && first + g < task.num_lines; ++g) {
+        task.pages->add(task.first_line + first + g, part, tops[g], totals[g]);
       }
     }
   }
@@ -189,7 +214,7 @@ template <class Isa, class Item>
 struct Panels {
   using One = Panel<Isa>;
 
-  static PanelTask panel_task(const UnitTask& task, std::size_t line) {
+  static PanelTask panel_task(const UnitTask& task, std::size_t line, const PageSums& pages) {
     const std::size_t left = task.num_lines - line;
     const std::size_t width = One::kWidth;
     return {task.queries + line * task.padded_dim,
@@ -199,7 +224,9 @@ struct Panels {
             task.partial.total + line,
             static_cast<int>(left < width ? left : width),
             static_cast<int>(task.shape.head_dim),
-            static_cast<int>(task.padded_dim)};
+            static_cast<int>(task.padded_dim),
+            static_cast<int>(line),
+            pages.are_wanted() ? &pages : nullptr};
   }
 
   static void widen_row(const std::byte* row, int head_dim, int padded_dim, float* to) {
@@ -227,13 +254,18 @@ struct Panels {
 
   static void attend(const UnitTask& task) {
     typename One::Tokens tokens;
+    const PageSums pages(task.page_output);
     clear_partial(task.partial, task.num_lines, task.padded_dim,
                   (task.num_lines + One::kWidth - 1) / One::kWidth * One::kWidth);
     for (TokenFeed feed(task); feed.count() > 0; feed.next()) {
       widen(feed, task, tokens);
       for (std::size_t line = 0; line < task.num_lines; line += One::kWidth) {
-        const PanelTask panel = panel_task(task, line);
-        if (feed.any_sees(panel.sees, panel.num_lines)) One::fold(feed, tokens, panel);
+        const PanelTask panel = panel_task(task, line, pages);
+        if (feed.any_sees(panel.sees, panel.num_lines)) {
+          One::fold(feed, tokens, panel);
+        } else if (pages.are_wanted()) {
+          pages.add_nothing(feed, panel.first_line, panel.num_lines);
+        }
       }
     }
   }

@@ -115,7 +115,7 @@ std::size_t AttentionPlan::add_pages(const PageTables& tables, std::size_t seque
                             " is seen by a row, but lies nowhere");
     pages_.push_back({reinterpret_cast<const std::byte*>(static_cast<std::uintptr_t>(slice)),
                       static_cast<std::uint32_t>(first), static_cast<std::uint32_t>(end),
-                      start + first});
+                      static_cast<std::uint32_t>(j), start + first});
     num_tokens += static_cast<std::size_t>(end - first);
   }
   return num_tokens;
@@ -167,6 +167,13 @@ void AttentionPlan::add_runs(RowGroup& group, std::size_t first_page, std::size_
     tokens = 0;
   }
   group.num_runs = runs_.size() - group.first_run;
+}
+
+std::span<const SeenPage> AttentionPlan::pages_of(const RowGroup& group) const {
+  if (group.num_runs == 0) return {};
+  const std::size_t first = runs_[group.first_run].first_page;
+  const std::size_t end = runs_[group.first_run + group.num_runs - 1].end_page;
+  return {&pages_[first], end - first};
 }
 
 std::size_t AttentionPlan::queries_at(const RowGroup& group, std::size_t kv_head) const {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "attention_kernel.h"
@@ -48,6 +49,8 @@ class AttentionPlan {
   std::size_t heads_per_kv() const noexcept { return heads_per_kv_; }
   std::size_t padded_dim() const noexcept { return padded_dim_; }
   std::size_t num_lines(const RowGroup& group) const { return group.num_rows * heads_per_kv_; }
+  // What some row of the group sees, in the order of its table.
+  std::span<const SeenPage> pages_of(const RowGroup& group) const;
 
   // Floats of one unit's partial result, and of all together.
   std::size_t partial_floats(const RowGroup& group) const;

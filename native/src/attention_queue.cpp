@@ -109,8 +109,7 @@ struct AttentionQueue::State {
   AtomicCounters counters;
 
   // The service thread's own: results until they are delivered.
-  std::vector<std::byte> out;
-  std::vector<float> lse;
+  ResultBuffers buffers;
 
   mutable std::mutex mutex;             // guards what follows
   std::condition_variable has_work;     // for the service thread
@@ -238,9 +237,7 @@ void AttentionQueue::State::attend(QueuedJob& job, AttentionOutcome outcome) {
   const auto start = Clock::now();
   std::optional<std::string> error;
   try {
-    out.resize(std::max(out.size(), job.out_bytes()));
-    lse.resize(std::max(lse.size(), job.num_lse()));
-    job.attend(*attention, out.data(), lse.data());
+    job.attend(*attention, buffers);
   } catch (const std::exception& thrown) {
     error = thrown.what();
   } catch (...) {  // or the thread, and with it the process, would end
@@ -249,7 +246,7 @@ void AttentionQueue::State::attend(QueuedJob& job, AttentionOutcome outcome) {
   job.stop_reading();
   if (!job.move(JobPhase::attending, JobPhase::ending)) return;
   outcome.bytes_read = job.seen_bytes();
-  if (!error) job.deliver(out.data(), lse.data());
+  if (!error) job.deliver(buffers);
   outcome.attended_s = seconds(Clock::now() - start);
   if (error) return fail(job, std::move(outcome), std::move(*error));
   outcome.status = AttentionStatus::done;

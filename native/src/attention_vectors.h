@@ -36,6 +36,7 @@ struct Bfloat {
 constexpr int kLineBytes = 64;  // of the caches
 constexpr float kLowest = -3.402823466e+38F;
 constexpr float kInfinity = __builtin_inff();
+constexpr double kLn2 = 0.693147180559945309417;
 // How far scores, in base 2, may exceed the peak: see attention_block.h.
 constexpr float kRescaleAbove = 8.0F;
 

@@ -114,6 +114,7 @@ struct Call {
   const KvShape& shape;
   const QueryRows& queries;
   const AttentionResult& result;
+  std::size_t max_pages;
   float* prepared;
   float* partials;
   Counters& runs_left;
@@ -146,7 +147,8 @@ struct Call {
     kernel.attend({shape, plan.padded_dim(), unit.kv_head, &plan.pages()[run.first_page],
                    run.end_page - run.first_page, plan.num_lines(group),
                    prepared + plan.queries_at(group, unit.kv_head), &plan.sees()[group.first_sees],
-                   plan.partial(partials, group, unit.run, unit.kv_head)});
+                   plan.partial(partials, group, unit.run, unit.kv_head),
+                   page_output(group, unit.kv_head)});
     const std::size_t target = unit.group * shape.num_kv_heads + unit.kv_head;
     if (runs_left[target].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(group, unit.kv_head);
   }
@@ -158,6 +160,32 @@ struct Call {
                   shape.num_kv_heads * plan.partial_floats(group), result.type,
                   out_at(group.first_row, head),
                   result.lse + group.first_row * queries.num_heads + head, queries.num_heads});
+  }
+
+  float* page_lse_at(std::size_t row, std::size_t head) const {
+    return result.page_lse + (row * queries.num_heads + head) * max_pages;
+  }
+
+  PageOutput page_output(const RowGroup& group, std::size_t kv_head) const {
+    if (result.page_lse == nullptr) return {};
+    return {page_lse_at(group.first_row, kv_head * plan.heads_per_kv()), plan.heads_per_kv(),
+            queries.num_heads * max_pages, max_pages};
+  }
+
+  // Pages of which no row of the group sees a token; units write the others.
+  void write_unseen_pages(const RowGroup& group) const {
+    std::size_t next = 0;
+    const auto fill_to = [&](std::size_t end) {
+      const std::size_t num_lines = group.num_rows * queries.num_heads;
+      for (std::size_t i = 0; next < end && i < num_lines; ++i) {
+        std::fill_n(page_lse_at(group.first_row, i) + next, end - next, -INFINITY);
+      }
+    };
+    for (const SeenPage& page : plan.pages_of(group)) {
+      fill_to(page.index);
+      next = page.index + std::size_t{1};
+    }
+    fill_to(max_pages);
   }
 
   // Groups without runs: no row sees anything.
@@ -199,6 +227,7 @@ void CpuAttention::attend(const KvShape& shape, const PageTables& tables, const 
                   shape,
                   queries,
                   result,
+                  tables.max_pages,
                   state.queries.floats(plan.query_floats()),
                   state.partials.floats(plan.scratch_floats()),
                   state.runs_left};
@@ -206,6 +235,7 @@ void CpuAttention::attend(const KvShape& shape, const PageTables& tables, const 
   for (std::size_t i = 0; i < plan.groups().size(); ++i) {
     const RowGroup& group = plan.groups()[i];
     if (group.num_runs == 0) call.write_nothing_seen(group);
+    if (result.page_lse != nullptr) call.write_unseen_pages(group);
     for (std::size_t head = 0; head < shape.num_kv_heads; ++head) {
       state.runs_left[i * shape.num_kv_heads + head].store(group.num_runs);
     }

@@ -76,15 +76,24 @@ struct Shape {
   double scale = 0.2;
   double gain = 1.0;  // of queries and keys
   FloatType out_type = FloatType::float32;
+  bool wants_pages = false;
 };
 
 struct Outcome {
   std::vector<std::byte> out;
   std::vector<float> lse;
+  std::vector<float> page_lse;  // empty: not wanted
 
+  float* page_lse_data() { return page_lse.empty() ? nullptr : page_lse.data(); }
   bool operator==(const Outcome& other) const {
-    return out == other.out && lse.size() == other.lse.size() &&
-           std::memcmp(lse.data(), other.lse.data(), lse.size() * sizeof(float)) == 0;
+    return out == other.out && same(lse, other.lse) && same(page_lse, other.page_lse);
+  }
+
+ private:
+  static bool same(const std::vector<float>& a, const std::vector<float>& b) {
+    return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](float x, float y) {
+             return std::memcmp(&x, &y, sizeof(x)) == 0;
+           });
   }
 };
 
@@ -106,19 +115,25 @@ class Case {
     return {max_pages_, slices_, starts_, num_pages_, kv_end_, row_starts_, q_start_};
   }
 
+  // Room for a result, poisoned.
+  Outcome outcome() const {
+    const std::size_t lines = num_rows() * num_heads();
+    return {std::vector<std::byte>(lines * shape_.head_dim * item_bytes(shape_.out_type),
+                                   std::byte{0x7B}),
+            std::vector<float>(lines, 123.0F),
+            std::vector<float>(shape_.wants_pages ? lines * max_pages_ : 0, 123.0F)};
+  }
+
   Outcome run(CpuAttention& attention) const {
-    Outcome outcome{
-        std::vector<std::byte>(num_rows() * num_heads() * shape_.head_dim *
-                                   item_bytes(shape_.out_type),
-                               std::byte{0x7B}),
-        std::vector<float>(num_rows() * num_heads(), 123.0F)};
+    Outcome outcome = this->outcome();
     // Rows of all heads lie in twice the space, heads from last to first.
     const auto dim = static_cast<std::int64_t>(shape_.head_dim);
     const auto heads = static_cast<std::int64_t>(num_heads());
     const auto* last = queries_.data() + (num_heads() - 1) * shape_.head_dim * bytes();
     attention.attend(kv_shape(), tables(),
                      {last, 2 * heads * dim, -dim, num_heads(), shape_.scale, shape_.window},
-                     {shape_.out_type, outcome.out.data(), outcome.lse.data()});
+                     {shape_.out_type, outcome.out.data(), outcome.lse.data(),
+                      outcome.page_lse_data()});
     return outcome;
   }
 
@@ -126,6 +141,7 @@ class Case {
   struct Errors {
     double out = 0;
     double lse = 0;
+    double page_lse = 0;  // as lse
   };
   Errors errors(const Outcome& outcome) const {
     Errors errors;
@@ -272,9 +288,24 @@ class Case {
       const auto* item = outcome.out.data() + (line * shape_.head_dim + d) * item_bytes(shape_.out_type);
       grow(errors.out, std::abs(widened(shape_.out_type, item) - sums[d]) / largest);
     }
-    const double found = outcome.lse[line];
-    const bool is_same = found == lse;  // -infinity
-    grow(errors.lse, is_same ? 0.0 : std::abs(found - lse) / std::max(1.0, std::abs(lse)));
+    grow(errors.lse, lse_error(outcome.lse[line], lse));
+    if (outcome.page_lse.empty()) return;
+    for (std::size_t j = 0; j < max_pages_; ++j) {
+      double top = -INFINITY, total = 0;
+      for (std::size_t i = 0; i < tokens.size(); ++i) {
+        if (tokens[i].first == b * max_pages_ + j) top = std::max(top, scores[i]);
+      }
+      for (std::size_t i = 0; i < tokens.size(); ++i) {
+        if (tokens[i].first == b * max_pages_ + j) total += std::exp(scores[i] - top);
+      }
+      const float found = outcome.page_lse[line * max_pages_ + j];
+      grow(errors.page_lse, lse_error(found, total > 0 ? top + std::log(total) : -INFINITY));
+    }
+  }
+
+  static double lse_error(double found, double expected) {
+    if (found == expected) return 0.0;  // -infinity
+    return std::abs(found - expected) / std::max(1.0, std::abs(expected));
   }
 
   // NaN is the largest.

@@ -37,8 +37,7 @@ class Share {
  public:
   explicit Share(const Shape& shape, std::uint64_t seed = 1) : shape_(shape), case_(shape, seed) {
     queries_.resize(num_items() * item_bytes(shape.type));
-    result_.out.resize(num_items() * item_bytes(shape.out_type));
-    result_.lse.resize(case_.num_rows() * case_.num_heads());
+    result_ = case_.outcome();
     std::mt19937_64 random(seed);
     new_queries(random);
   }
@@ -53,26 +52,32 @@ class Share {
   void poison() {
     std::fill(result_.out.begin(), result_.out.end(), std::byte{0x7B});
     std::fill(result_.lse.begin(), result_.lse.end(), 123.0F);
+    std::fill(result_.page_lse.begin(), result_.page_lse.end(), 123.0F);
   }
 
   AttentionJob job() { return job({&ready, 1}, {&done, 1}); }
   AttentionJob job(AttentionFlag ready_flag, AttentionFlag done_flag) {
     return {case_.kv_shape(), case_.tables(), queries(),
-            {shape_.out_type, result_.out.data(), result_.lse.data()}, ready_flag, done_flag};
+            {shape_.out_type, result_.out.data(), result_.lse.data(), result_.page_lse_data()},
+            ready_flag,
+            done_flag};
   }
 
   // By a call that waits for nothing.
   Outcome expected(CpuAttention& attention) const {
     Outcome outcome = result_;
     attention.attend(case_.kv_shape(), case_.tables(), queries(),
-                     {shape_.out_type, outcome.out.data(), outcome.lse.data()});
+                     {shape_.out_type, outcome.out.data(), outcome.lse.data(),
+                      outcome.page_lse_data()});
     return outcome;
   }
 
   const Outcome& result() const { return result_; }
   bool is_nan() const {
-    for (const float x : result_.lse) {
-      if (!std::isnan(x)) return false;
+    for (const auto* list : {&result_.lse, &result_.page_lse}) {
+      for (const float x : *list) {
+        if (!std::isnan(x)) return false;
+      }
     }
     for (std::size_t i = 0; i < num_items(); ++i) {
       if (!std::isnan(widened(shape_.out_type, &result_.out[i * item_bytes(shape_.out_type)]))) {

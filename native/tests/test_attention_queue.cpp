@@ -40,6 +40,7 @@ std::vector<std::unique_ptr<Share>> many_shapes() {
     shape.stored = {10 + 7 * static_cast<int>(i), i == 7 ? 900 : 20};
     shape.scattered = i % 4 == 1;
     if (i % 4 == 2) shape.window = 9;
+    shape.wants_pages = i % 5 < 2;
     shares.push_back(std::make_unique<Share>(shape, i));
   }
   return shares;

@@ -32,17 +32,17 @@ void check_case(CpuAttention& attention, const Shape& shape, std::uint64_t seed)
   const Case::Errors errors = one.errors(one.run(attention));
   const double of_scores = 1e-6 * std::abs(shape.scale) * std::sqrt(double(shape.head_dim));
   const bool is_right = errors.out <= tolerance(shape.out_type) + of_scores &&
-                        errors.lse <= 2e-6 + of_scores;
+                        errors.lse <= 2e-6 + of_scores && errors.page_lse <= 2e-6 + of_scores;
   CHECK(is_right);
   if (is_right) return;
   std::fprintf(stderr,
                "  instructions %d type %d heads %zu x %zu head_dim %zu page %zu rows %d.. stored %d.. "
-               "window %d scattered %d scale %g out %d: errors %g %g\n",
+               "window %d scattered %d scale %g out %d: errors %g %g %g\n",
                static_cast<int>(attention.instructions()), static_cast<int>(shape.type),
                shape.num_kv_heads, shape.heads_per_kv, shape.head_dim, shape.page_tokens,
                shape.rows[0], shape.stored[0], static_cast<int>(shape.window.value_or(0)),
                shape.scattered, shape.scale, static_cast<int>(shape.out_type), errors.out,
-               errors.lse);
+               errors.lse, errors.page_lse);
 }
 
 void every_head_dim_and_type(CpuAttention& attention) {
@@ -106,12 +106,50 @@ Shape random_shape(std::mt19937_64& random) {
   shape.scattered = from(0, 1) == 0;
   constexpr double scales[] = {0.2, -0.2, 0.0, 1.0};
   shape.scale = scales[from(0, 3)];
+  shape.wants_pages = from(0, 1) == 0;
   return shape;
 }
 
 void random_shapes(CpuAttention& attention, std::uint64_t seed, int count) {
   std::mt19937_64 random(seed);
   for (int i = 0; i < count; ++i) check_case(attention, random_shape(random), random());
+}
+
+// The log-sum-exp of each page, of sizes that blocks of tokens begin and end within, in windows that do too.
+void every_page(CpuAttention& attention) {
+  for (const std::size_t page_tokens : {1, 3, 16, 50, 64, 65, 200}) {
+    for (const std::size_t heads : {1, 2, 3, 5, 7, 8, 15, 17}) {
+      for (const int rows : {1, 3, 20}) {
+        Shape shape;
+        shape.wants_pages = true;
+        shape.page_tokens = page_tokens;
+        shape.heads_per_kv = heads;
+        shape.head_dim = 20;
+        shape.rows = {rows, 0, 2};
+        shape.stored = {rows + 210, 30, 2};
+        shape.type = kTypes[heads % 3];
+        shape.scattered = rows == 3;
+        if (page_tokens % 2 == 1) shape.window = 60 + rows;
+        check_case(attention, shape, page_tokens * 100 + heads);
+      }
+    }
+  }
+}
+
+// Pages whose tokens all count for nothing beside another page's have their log-sum-exp none the less.
+void pages_far_apart(CpuAttention& attention) {
+  for (const std::size_t heads : {1, 20}) {
+    Shape shape;
+    shape.wants_pages = true;
+    shape.heads_per_kv = heads;
+    shape.gain = 10;
+    shape.scale = 0.5;
+    shape.page_tokens = 5;
+    shape.stored = {300};
+    const Case one(shape, 8);
+    // What rounding 64 products of up to a thousand costs a score.
+    CHECK(one.errors(one.run(attention)).page_lse <= 2e-4);
+  }
 }
 
 // Enough tokens for several runs, so that partial results are merged; rows in several groups.
@@ -121,6 +159,7 @@ void long_contexts(CpuAttention& attention) {
   shape.rows = {1, 1};
   shape.heads_per_kv = 7;
   shape.page_tokens = 64;
+  shape.wants_pages = true;
   check_case(attention, shape, 1);
   shape.scattered = true;
   shape.window = 1500;
@@ -192,6 +231,7 @@ void threads_do_not_show() {
     std::mt19937_64 random(seed);
     Shape shape = random_shape(random);
     shape.stored[0] += 4000;
+    shape.wants_pages = true;
     const Case one(shape, seed);
     CpuAttention alone(1);
     const Outcome expected = one.run(alone);
@@ -255,6 +295,8 @@ int main() {
     every_head_dim_and_type(attention);
     every_group(attention);
     every_page_size_and_row_count(attention);
+    every_page(attention);
+    pages_far_apart(attention);
     random_shapes(attention, 7, 60);
     long_contexts(attention);
     large_scores(attention);

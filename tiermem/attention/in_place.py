@@ -65,18 +65,25 @@ class InPlaceAttention:
         scale: float,
         window: int | None,
         out_dtype: torch.dtype,
+        page_lse: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See AttentionBackend.attend, whose arguments were checked.
 
+        `page_lse`, if any, receives each row's log-sum-exp over each page alone: (rows, heads, max_pages)
+        float32, contiguous; -inf for a page of which the row sees nothing, and past the last one.
+        exp(page_lse - lse) is the page's share of a row's attention.
+
         Raises
         ------
-        TypeError: an output dtype other than float16, bfloat16 and float32.
-        ValueError: a row sees a page whose slot the pool does not have.
+        TypeError: an output dtype other than float16, bfloat16 and float32, or another one of page_lse.
+        ValueError: a row sees a page whose slot the pool does not have; page_lse of another shape.
         """
         if out_dtype not in FLOAT_TYPES:
             raise TypeError(
                 f"out_dtype={out_dtype}: must be one of {', '.join(map(str, FLOAT_TYPES))}"
             )
+        if page_lse is not None:
+            check_page_lse(page_lse, (*q.shape[:2], tables.max_pages))
         out = torch.empty(q.shape, dtype=out_dtype)
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         layout, max_pages = pool.layout, tables.max_pages
@@ -101,8 +108,21 @@ class InPlaceAttention:
             out=out.data_ptr(),
             out_type=FLOAT_TYPES[out_dtype],
             lse=lse.data_ptr(),
+            page_lse=None if page_lse is None else page_lse.data_ptr(),
         )
         return out, lse
+
+
+def check_page_lse(page_lse: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise TypeError or ValueError unless it is what the core writes to."""
+    if page_lse.dtype != torch.float32:
+        raise TypeError(f"page_lse of {page_lse.dtype}: must be torch.float32")
+    if page_lse.shape != shape or not page_lse.is_contiguous():
+        raise ValueError(
+            f"page_lse of shape {tuple(page_lse.shape)}: must be {shape} and contiguous"
+        )
+    if page_lse.device.type != "cpu":
+        raise ValueError(f"page_lse on {page_lse.device}: must be in host memory")
 
 
 def slice_addresses(pool: PoolView, layer: int, tables: PagedTables) -> NDArray[np.int64]:

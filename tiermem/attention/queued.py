@@ -15,7 +15,7 @@ from tiermem._core import (
     AttentionQueue,
 )
 from tiermem.attention.cpus import usable_cpus
-from tiermem.attention.in_place import FLOAT_TYPES, slice_addresses
+from tiermem.attention.in_place import FLOAT_TYPES, check_page_lse, slice_addresses
 from tiermem.attention.pool_view import PagedTables, PoolView
 
 
@@ -61,6 +61,11 @@ class QueuedTables:
     def num_rows(self) -> int:
         """Query rows of all sequences."""
         return int(self.row_starts[-1])
+
+    @property
+    def max_pages(self) -> int:
+        """Entries in a sequence's table."""
+        return int(self._base.shape[1])
 
     def slices(self, layer: int) -> NDArray[np.int64]:
         """(B, pages): the address of each page's slice of `layer`; 0 for slots that the pool does not have."""
@@ -129,6 +134,7 @@ class QueuedAttention:
         done: Flag,
         scale: float,
         window: int | None,
+        page_lse: torch.Tensor | None = None,
     ) -> int:
         """Queue one layer's attention and return its ticket at once.
 
@@ -141,6 +147,7 @@ class QueuedAttention:
         ready: reached when the queries are there.
         done: set when the result is there, or is NaN for good.
         scale, window: see AttentionBackend.attend.
+        page_lse: as of InPlaceAttention.attend; NaN for good where the result is.
 
         Raises
         ------
@@ -153,6 +160,8 @@ class QueuedAttention:
         GPU work that waits for `done`, and `cancel` if that cannot be enqueued.
         """
         _check(tables, q, out, lse)
+        if page_lse is not None:
+            check_page_lse(page_lse, (*lse.shape, tables.max_pages))
         layout = tables.pool.layout
         ticket = self._native.submit(
             kv_type=FLOAT_TYPES[tables.pool.data.dtype],
@@ -176,8 +185,10 @@ class QueuedAttention:
             lse=lse.data_ptr(),
             ready=ready,
             done=done,
+            page_lse=None if page_lse is None else page_lse.data_ptr(),
         )
-        self._kept[ticket] = (tables.pool.data, q, out, lse)
+        kept = (tables.pool.data, q, out, lse)
+        self._kept[ticket] = kept if page_lse is None else (*kept, page_lse)
         return ticket
 
     def poll(self, ticket: int) -> AttentionOutcome:

@@ -48,7 +48,7 @@ struct AttentionQueueOptions {
 enum class AttentionStatus {
   pending,
   done,    // the result is what CpuAttention::attend gives
-  failed,  // the result is NaN: output and lse
+  failed,  // the result is NaN: output, lse and page_lse
 };
 
 struct AttentionOutcome {

@@ -62,6 +62,10 @@ struct AttentionResult {
   FloatType type;
   void* out;   // (rows, num_heads, head_dim) of type
   float* lse;  // (rows, num_heads): natural logarithm of the sum of exp(score)
+  // (rows, num_heads, max_pages), or null: the same over the tokens of each page of the row's sequence
+  // alone, -infinity for a page of which the row sees none and past num_pages. A page's share of a row's
+  // attention is exp(page_lse - lse), however small.
+  float* page_lse = nullptr;
 };
 
 struct AttentionKernel;
