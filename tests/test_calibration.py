@@ -17,6 +17,7 @@ from tiermem import calibration
 from tiermem._core import EngineKind
 from tiermem.calibration import (
     DAY_S,
+    FORMAT,
     MAX_FILE_BYTES,
     VALID_DAYS,
     Calibration,
@@ -46,7 +47,10 @@ COPIES = CopyRates((
 DISK = DiskRates(
     True, 4.5, 4.25, 2.0, (DiskRate(DiskOptions(EngineKind.THREADS, 1 << 20, 8), 4.4, 4.1),)
 )
-RATES = Rates(link_to_device=55.5e9, hbm_read=4.55e12, matmul=7e14, step_s=9.5e-5)
+RATES = Rates(
+    link_to_device=55.5e9, hbm_read=4.55e12, matmul=7e14, step_s=9.5e-5, cpu_attend_fp16=120e9,
+    cpu_attend_fp16_beside=105e9, link_beside_fp16=50e9, cpu_attend_threads=15,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +166,15 @@ def test_a_file_from_the_future_is_not_used() -> None:
 
 def test_another_version_is_not_used() -> None:
     assert "made by tiermem 9.9" in problem_of(lambda table: table.update(tiermem="9.9"))
-    assert "format=2" in problem_of(lambda table: table.update(format=2))
+    for value in (FORMAT + 1, 0, None, "2", True):
+        problem = problem_of(lambda table, value=value: table.update(format=value))
+        assert f"format={value!r}" in problem
+
+
+def test_a_file_of_an_older_format_is_out_of_date() -> None:
+    """Whatever else it holds: it may lack what is needed, and have what is not known any more."""
+    problem = problem_of(lambda table: table.update(format=1, rates={"long_gone": 1}))
+    assert "out of date: of format 1, this is 2" in problem
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tiermem.device.protocol import Direction
 from tiermem.measure import ceilings as module
 from tiermem.measure.ceilings import Ceilings, Effort, Reduction
 from tiermem.measure.launches import kernel_time_s, launch_time_s, queued_kernel_time_s
-from tiermem.measure.machine_rates import ceiling_rates
+from tiermem.measure.machine_rates import ceiling_rates, ram_attention_rates
 from tiermem.measure.products import LARGE, SMALL, ProductCosts, _layers, solve
 from tiermem.measure.timing import Samples
 
@@ -173,8 +173,14 @@ def test_all_rates_at_once(device: CpuDevice) -> None:
         rates = ceiling_rates(ceilings, device).to_table()
     assert rates.keys() == {
         "link_to_device", "link_to_host", "link_both", "hbm_read", "hbm_copy", "ram_read_one",
-        "ram_read", "ram_copy", "matmul", "linear_read", "launch_s", "cpu_attend_fp16",
-        "cpu_attend_bf16", "cpu_attend_threads",
+        "ram_read", "ram_copy", "matmul", "linear_read", "launch_s",
     }  # fmt: skip
+    assert all(value > 0 for value in rates.values())
+
+
+def test_attention_in_ram_without_a_link_beside_it(device: CpuDevice) -> None:
+    with Ceilings(device, SMALL_EFFORT) as ceilings:
+        rates = ram_attention_rates(ceilings, device).to_table()
+    assert rates.keys() == {"cpu_attend_fp16", "cpu_attend_bf16", "cpu_attend_threads"}
     assert rates["cpu_attend_threads"] == usable_cpus()
     assert all(value > 0 for value in rates.values())

@@ -15,7 +15,7 @@ from tiermem.bench import step_rates
 from tiermem.bench.step_rates import Reference
 from tiermem.cli import calibration_run
 from tiermem.disk_rates import DiskOptions, DiskRate, DiskRates, measure_disk
-from tiermem.errors import TransferError
+from tiermem.errors import InvariantError, TransferError
 from tiermem.layout import PageLayout
 from tiermem.measure import ceilings
 from tiermem.measure.ceilings import Effort
@@ -54,10 +54,12 @@ def test_what_is_measured_is_kept_shown_and_forgotten(cli: Cli, tmp_path: Path) 
     rates = document["calibration"]["rates"]
     for name in (
         "link_to_device", "link_to_host", "link_both", "hbm_read", "ram_read", "matmul", "launch_s",
-        "linear_read", "decode_read", "prefill", "step_s", "layer_s",
+        "linear_read", "decode_read", "prefill", "step_s", "layer_s", "cpu_attend_fp16",
+        "cpu_attend_bf16", "cpu_attend_threads",
     ):  # fmt: skip
         assert rates[name] > 0, name
-    assert "kernel_s" not in rates  # a machine without a GPU has no graphs
+    assert "kernel_s" not in rates  # a machine without a GPU has no graphs ...
+    assert not any("beside" in name for name in rates)  # ... and no link beside the host
     assert [disk["path"] for disk in document["calibration"]["disks"]] == [str(tmp_path)]
     assert document["calibration"]["copies"] is None  # one way only without a GPU
     assert document["problems"] == []
@@ -66,7 +68,10 @@ def test_what_is_measured_is_kept_shown_and_forgotten(cli: Cli, tmp_path: Path) 
     shown = cli("calibrate", *CPU, "--show", "--json").json()
     assert shown["calibration"] == document["calibration"]
     text = cli("calibrate", *CPU, "--show").out
-    for words in ("RAM to device", "GB/s", "FLOP/s", "measured with care", "used for another 30 d"):
+    for words in (
+        "RAM to device", "GB/s", "FLOP/s", "measured with care", "used for another 30 d",
+        "CPU attention, fp16", "of RAM reads", "threads, one new token",
+    ):  # fmt: skip
         assert words in text, words
     assert f"{tmp_path}  4.50 GB/s  4.25 GB/s" in text
     assert document["path"] in cli("calibrate", *CPU, "--forget").out
@@ -92,6 +97,22 @@ def test_a_part_that_fails_costs_only_itself(cli: Cli, monkeypatch: pytest.Monke
     rates = found.json()["calibration"]["rates"]
     assert "decode_read" not in rates
     assert rates["ram_read"] > 0
+
+
+def test_attention_that_cannot_be_measured_costs_no_other_rate(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_ceilings: object, _device: object) -> None:
+        raise InvariantError("copies ended before")
+
+    monkeypatch.setattr(calibration_run, "ram_attention_rates", fail)
+    found = cli("calibrate", *CPU, "--json")
+    assert found.code == 1
+    assert "attention in RAM: copies ended before" in found.err
+    rates = found.json()["calibration"]["rates"]
+    assert "cpu_attend_fp16" not in rates
+    assert rates["ram_read"] > 0
+    assert rates["decode_read"] > 0
 
 
 def test_a_disk_without_room_is_an_error_and_the_rest_is_kept(
@@ -163,7 +184,9 @@ def test_a_gpu_has_every_rate(cli: Cli) -> None:
     assert found.code == 0, found.err
     made = found.json()["calibration"]
     assert set(Rates.from_table(made["rates"]).to_table()) == {
-        field.name for field in fields(Rates) if not field.name.startswith("disk_")
+        field.name
+        for field in fields(Rates)
+        if not field.name.startswith("disk_") and field.name != "hand_over_s"
     }
     assert made["copies"]["rows"]
     assert made["machine"]["gpu_uuid"]

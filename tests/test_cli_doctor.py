@@ -50,7 +50,7 @@ def test_without_a_gpu_it_says_so_and_succeeds(cli: Cli, monkeypatch: pytest.Mon
     for words in (
         "tiermem ", "python ", "torch ", "triton ", "cuda-bindings ", "transformers ", "GPU ",
         "none, runtime 13.0", "cores", "memory", "file system", "a test file was read back",
-        "CPU, profile cpu", "warning: no GPU is usable: no NVIDIA driver is installed",
+        "CPU, profile cpu", "all of what is in RAM", "warning: no GPU is usable: no NVIDIA driver is installed",
     ):  # fmt: skip
         assert words in found.out, words
 
@@ -72,7 +72,7 @@ def test_the_json_has_every_part(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_
     document = cli("doctor", "--json", "--ssd-path", tmp_path / "new").json()
     assert set(document) == {
         "tiermem", "python", "versions", "host", "devices", "disk", "plan", "warnings",
-        "calibration", "bounds", "shares_of_bounds",
+        "calibration", "bounds", "shares_of_bounds", "shares_of_rates",
     }  # fmt: skip
     assert set(document["versions"]) == set(checkup.PACKAGES)
     assert document["devices"]["problem"] == NO_GPU.problem
@@ -119,6 +119,43 @@ def test_measured_rates_are_shown_with_their_share_of_the_hardwares(
         "link_to_device": pytest.approx(55.5 / 63.015, rel=1e-3)
     }
     assert document["calibration"]["calibration"]["rates"]["link_to_device"] == 55.5e9
+
+
+def test_attention_in_ram_is_shown_with_its_share_of_ram_reads(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_devices(monkeypatch, DeviceReport(13020, 13000, "2.13.0", "13.0", (H200,), None))
+    monkeypatch.setattr(checkup, "cpus_beside_gpu", lambda: 15)
+    rates = Rates(
+        link_to_device=55e9, ram_read=160e9, cpu_attend_fp16=120e9, cpu_attend_fp16_beside=100e9,
+        link_beside_fp16=50e9, cpu_attend_threads=15,
+    )  # fmt: skip
+    save(Calibration(Machine.here(H200, 13020), time.time(), False, rates))
+    text = " ".join(cli("doctor").out.split())
+    for words in (
+        "CPU attention, fp16 120 GB/s 75.0% of RAM reads",
+        "... beside the link 100 GB/s 62.5% of RAM reads",
+        "the link meanwhile 50.0 GB/s 90.9% of the link alone",
+        "CPU attention: 15 threads, one new token",
+        "CPU share 66.7% of what is in RAM, by the measured rates; 15 threads",
+    ):
+        assert words in text, words
+    document = cli("doctor", "--json").json()
+    assert document["shares_of_rates"] == {
+        "cpu_attend_fp16": 0.75, "cpu_attend_fp16_beside": 0.625,
+        "link_beside_fp16": pytest.approx(50 / 55),
+    }  # fmt: skip
+    assert document["plan"]["cpu_share"] == pytest.approx(2 / 3)
+    assert document["plan"]["cpu_threads"] == 15
+
+
+def test_beside_a_gpu_without_rates_the_cpu_attends_nothing_and_it_says_why(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_devices(monkeypatch, DeviceReport(13020, 13000, "2.13.0", "13.0", (H200,), None))
+    text = " ".join(cli("doctor").out.split())
+    assert "CPU share none of what is in RAM: how fast it attends is not known; run `tie" in text
+    assert cli("doctor", "--json").json()["plan"]["cpu_share"] == 0
 
 
 def test_a_calibration_that_is_not_used_is_a_warning(

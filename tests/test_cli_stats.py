@@ -70,7 +70,7 @@ def example_stats(**changes: object) -> Stats:
         "staging_device_bytes": 1 << 20, "staging_host_bytes": 2 << 20,
         "device_used_bytes": 5 << 30, "device_total_bytes": 141 << 30, "rss_bytes": 7 << 30,
         "ssd_path": "/data/store", "ssd_disk_bytes": 9 << 30, "ssd_io": "io_uring, direct",
-        "attended_bytes": 6 << 30, "attended_s": 0.1,
+        "attended_bytes": 6 << 30, "attended_s": 0.1, "attended_limit_gb_per_s": 128.0,
     }  # fmt: skip
     return Stats(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -11,18 +11,26 @@ import torch
 
 from tiermem import PageLayout, TierConfig, TierManager, _core, calibration, store
 from tiermem._core import EngineKind
+from tiermem.attention.queued import QueuedAttention
 from tiermem.calibration import Calibration, DiskPlace
-from tiermem.cli.manager_text import flow_table
+from tiermem.cli.manager_text import attended_text, flow_table
 from tiermem.cli.snapshot import read_stats
 from tiermem.device.copy_rates import CopyCase, CopyMethod, CopyRate, CopyRates
 from tiermem.device.cpu import CpuDevice
 from tiermem.device.protocol import Direction
 from tiermem.device.simulated import SimulatedDevice
 from tiermem.disk_rates import DiskOptions, DiskRate, DiskRates
-from tiermem.limits import calibration_of, route_limits
+from tiermem.limits import (
+    attended_limit,
+    calibration_of,
+    route_limits,
+    share_at_start,
+    split_rates,
+)
 from tiermem.machine import Machine
 from tiermem.measure.ceilings import Ceilings, Effort
 from tiermem.pools import Tier
+from tiermem.ram_split import SplitRates
 from tiermem.rates import Rates
 from tiermem.stats import FlowStats
 
@@ -145,3 +153,96 @@ def test_shares_are_shown_and_old_figures_are_read() -> None:
     assert "90.0%" in "\n".join(flow_table([flow]).lines())
     assert FlowStats("RAM", "GPU", 0, 0, 0, 0.0, 0, 50.0).share_of_limit is None
     assert FlowStats("RAM", "GPU", 10**9, 3, 0, 45.0, 0).share_of_limit is None
+
+
+# ---- the CPU's share ------------------------------------------------------------------------------
+
+SHARED = Rates(
+    link_to_device=55e9, ram_read=160e9, cpu_attend_fp16=120e9, cpu_attend_fp16_beside=100e9,
+    link_beside_fp16=50e9, cpu_attend_bf16=110e9, cpu_attend_bf16_beside=75e9,
+    link_beside_bf16=50e9, cpu_attend_threads=4,
+)  # fmt: skip
+
+
+def calibrated(rates: Rates) -> Calibration:
+    return Calibration(Machine.here(None), time.time(), False, rates)
+
+
+def test_pages_of_each_dtype_have_their_rates() -> None:
+    found = calibrated(SHARED)
+    assert split_rates(found, "float16", 4) == SplitRates(50e9, 100e9, 55e9, 120e9)
+    assert split_rates(found, "bfloat16", 4) == SplitRates(50e9, 75e9, 55e9, 110e9)
+    assert split_rates(found, "float32", 4) == split_rates(found, "float16", 4)
+
+
+def test_fewer_threads_attend_slower_and_more_do_not_attend_faster() -> None:
+    found = calibrated(SHARED)
+    assert split_rates(found, "float16", 2) == SplitRates(50e9, 50e9, 55e9, 60e9)
+    assert split_rates(found, "float16", 9) == split_rates(found, "float16", 4)
+
+
+def test_without_a_measurement_there_are_no_rates() -> None:
+    assert split_rates(None, "float16", 4) is None
+    alone = Rates(cpu_attend_fp16=120e9, cpu_attend_threads=4)  # of a machine without a GPU
+    assert split_rates(calibrated(alone), "float16", 4) is None
+    assert share_at_start(None) == 0
+    assert attended_limit(None) is None
+    assert attended_limit(calibrated(alone)) is None
+    assert attended_limit(calibrated(SHARED)) == 160
+
+
+def test_the_share_at_the_start_is_that_of_the_rates() -> None:
+    assert share_at_start(split_rates(calibrated(SHARED), "float16", 4)) == pytest.approx(2 / 3)
+    assert share_at_start(split_rates(calibrated(SHARED), "bfloat16", 4)) == pytest.approx(0.6)
+    slow_cpu = replace(
+        SHARED, cpu_attend_fp16=2e9, cpu_attend_fp16_beside=1e9
+    )  # takes more than it adds
+    assert share_at_start(split_rates(calibrated(slow_cpu), "float16", 4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("share", "rates", "wanted"),
+    [
+        (None, SHARED, 2 / 3), (None, RATES, None), (None, None, None), (0.25, SHARED, 0.25),
+        (0.25, None, 0.25), (0, SHARED, None), (1, SHARED, 1.0),
+    ],
+)  # fmt: skip
+def test_beside_a_device_the_share_is_chosen_where_none_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+    share: float | None,
+    rates: Rates | None,
+    wanted: float | None,
+) -> None:
+    """On any device but the CPU; a simulated one here."""
+    found = None if rates is None else calibrated(rates)
+    monkeypatch.setattr("tiermem.manager.calibration_of", lambda _device: found)
+    monkeypatch.setattr("tiermem.build.cpus_beside_gpu", lambda: 4)
+    monkeypatch.setattr("tiermem.build.QueuedAttention", one_thread_queue)
+    layout = PageLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype="float16", page_tokens=16)
+    config = TierConfig(gpu="16KiB", ram="32KiB", cpu_share=share)
+    with TierManager(layout, config, device=SimulatedDevice(total_bytes=1 << 28)) as manager:
+        ram = manager._core.ram
+        assert (None if ram is None else ram.policy.fraction) == (
+            None if wanted is None else pytest.approx(wanted)
+        )
+
+
+def one_thread_queue(threads: int, *, deadline_s: float) -> QueuedAttention:
+    """As many threads as any machine has."""
+    assert threads == 4
+    return QueuedAttention(1, deadline_s=deadline_s)
+
+
+def test_attention_is_shown_as_a_share_of_ram_reads(tmp_path: Path) -> None:
+    layout = PageLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16)
+    calibration.save(calibrated(replace(SHARED, ram_read=2e9)))
+    config = TierConfig(gpu="16KiB", ram="32KiB", device="cpu")
+    with TierManager(layout, config) as manager:
+        stats = manager.stats()
+    assert stats.attended_limit_gb_per_s == 2
+    assert stats.attended_share_of_limit is None  # it did not attend
+    half = replace(stats, attended_bytes=10**9, attended_s=1.0)
+    assert half.attended_share_of_limit == 0.5
+    assert read_stats(half.to_json()) == half
+    assert "1.00 GB/s, 50.0% of RAM reads" in attended_text(half)
+    assert replace(half, attended_limit_gb_per_s=None).attended_share_of_limit is None

@@ -93,7 +93,7 @@ def replace_device(config: TierConfig) -> TierConfig:
     return TierConfig.from_table({**config.to_table(), "device": "auto"})
 
 
-def test_beside_a_gpu_it_is_off_until_asked_for() -> None:
+def test_beside_a_gpu_it_is_off_while_its_rates_are_not_known() -> None:
     layout = layout_of()
     device = SimulatedDevice(3, total_bytes=1 << 28, eagerness=0.5)
     with TierManager(

@@ -13,10 +13,11 @@ import psutil
 
 from tiermem import _core
 from tiermem.attention.backend import AttentionBackend, backend_for
-from tiermem.attention.cpus import usable_cpus
+from tiermem.attention.cpus import cpus_beside_gpu, usable_cpus
 from tiermem.attention.host import HostBackend
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, ProductMath
 from tiermem.attention.queued import QueuedAttention
+from tiermem.calibration import Calibration
 from tiermem.config import AttentionMath, TierConfig
 from tiermem.core import Core
 from tiermem.device.protocol import Device, DeviceKind, Memory, Progress
@@ -26,6 +27,7 @@ from tiermem.hand_over import HandOver
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.lease import Leases
+from tiermem.limits import share_at_start, split_rates
 from tiermem.pools import SlotPool, Tier
 from tiermem.prefix import Prefixes
 from tiermem.ram_attention import MOST_ROWS, DirectAttention, RamAttention, RamPolicy, warm_view
@@ -51,10 +53,11 @@ def build_core(
     store: ColdStore | None,
     seal_idle: Callable[[], bool],
     progress: Progress | None = None,
+    made: Calibration | None = None,
 ) -> Core:
     """Allocate the pools and staging and put the parts of a manager together.
 
-    `progress` is told how much of the RAM tier is ready.
+    `progress` is told how much of the RAM tier is ready. `made` is what was measured on this machine.
 
     Raises
     ------
@@ -97,7 +100,7 @@ def build_core(
         hot_pool.num_slots,
     )
     marks = {tier: _watermarks(config, count) for tier, count in slots.items()}
-    ram = _ram_attention(layout, config, device, warm_pool, backend)
+    ram = _ram_attention(layout, config, device, warm_pool, backend, made)
     leases = Leases(table, prefixes)
     room = Room(table, in_flight, mover, prefixes, leases, marks, seal_idle)
     return Core(
@@ -164,11 +167,13 @@ def _ram_attention(
     device: Device,
     pool: SlotPool | None,
     backend: AttentionBackend,
+    made: Calibration | None,
 ) -> RamAttention | None:
     on_cpu = device.kind is DeviceKind.CPU
+    threads = config.cpu_threads or cpus_beside_gpu()
     share = config.cpu_share
     if share is None:
-        share = 1.0 if on_cpu else 0.0
+        share = 1.0 if on_cpu else share_at_start(split_rates(made, layout.dtype, threads))
     if pool is None or share == 0:
         return None
     # On the CPU device nothing is gained by copying pages, whatever the number of rows.
@@ -176,8 +181,6 @@ def _ram_attention(
     view = warm_view(layout, pool)
     if on_cpu and isinstance(backend, HostBackend):
         return DirectAttention(view, backend, policy)
-    # One CPU is left for the thread that launches.
-    threads = config.cpu_threads or max(1, usable_cpus() - 1)
     return HandOver(device, view, QueuedAttention(threads, deadline_s=config.io_timeout_s), policy)
 
 

@@ -26,7 +26,8 @@ from tiermem.machine import Machine
 from tiermem.rates import Rates
 from tiermem.version import VERSION
 
-FORMAT = 1
+FORMAT = 2
+"""A file of an older one lacks rates that are needed now: it is out of date."""
 MAX_FILE_BYTES = 1 << 20
 VALID_DAYS = 30
 DAY_S = 86400.0
@@ -296,8 +297,11 @@ def _parse(text: str) -> Calibration:
     except ValueError:
         raise ConfigError("not well formed") from None
     table = _table("the file", document)
-    if table.get("format") != FORMAT:
-        raise refuse("format", table.get("format"), f"{FORMAT}")
+    made_in = table.get("format")
+    if type(made_in) is int and 1 <= made_in < FORMAT:
+        raise ConfigError(f"out of date: of format {made_in}, this is {FORMAT}")
+    if made_in != FORMAT:
+        raise refuse("format", made_in, f"{FORMAT}")
     if table.get("tiermem") != VERSION:
         made_by = check_text("tiermem", table.get("tiermem"), 100)
         raise ConfigError(f"made by tiermem {made_by}, this is {VERSION}")

@@ -77,9 +77,11 @@ class TierConfig:
     pressure_warning, pressure_critical: shares (0 to 1) of device or host memory in use at which a warning is
         logged, once a level.
     attention_math: an AttentionMath or its text.
-    cpu_threads: 1 to the CPUs of this process, threads that attend over pages in RAM; None for one each.
-    cpu_share: share (0 to 1) of a sequence's pages in RAM that the CPU attends there, while the other ones are
-        streamed to the device; None for all on the CPU device and for none on a GPU.
+    cpu_threads: 1 to the CPUs of this process, threads that attend over pages in RAM; None for one each on the
+        CPU device, and for one less beside a GPU.
+    cpu_share: share (0 to 1) of a sequence's pages in RAM alone that the CPU attends there, while the other ones
+        are streamed to the device; None for all on the CPU device, and beside a GPU for what ends both at once by
+        the rates that `tiermem calibrate` measured, 0 without them.
     decode_graphs: a DecodeGraphs or its text; for `CapturedDecode` and the Hugging Face integration.
 
     Raises

@@ -1,7 +1,9 @@
-"""Limits: what this machine's calibration means for a manager: how it copies, and how fast it could at most."""
+"""Limits: what this machine's calibration means for a manager: how it copies, what the CPU attends, and how fast
+everything could be at most."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tiermem._core import EngineKind
@@ -14,6 +16,7 @@ from tiermem.disk_rates import DiskOptions
 from tiermem.machine import Machine
 from tiermem.meter import Route
 from tiermem.pools import Tier
+from tiermem.ram_split import SplitRates, SplitWork, best_split
 
 ENGINE_KINDS = {
     IoEngine.AUTO: EngineKind.AUTO,
@@ -63,6 +66,29 @@ def route_limits(made: Calibration | None, ssd_path: Path | None) -> dict[Route,
         (Tier.GPU, Tier.GPU): None if rates.hbm_copy is None else rates.hbm_copy / 2,
     }
     return {route: limit / 1e9 for route, limit in known.items() if limit is not None}
+
+
+def split_rates(made: Calibration | None, dtype: str, threads: int) -> SplitRates | None:
+    """How fast link and CPU get at pages of `dtype` in RAM with `threads` threads; None where it was not measured.
+
+    Fewer threads than were measured attend slower in proportion, and no number of them faster.
+    """
+    rates = None if made is None else made.rates.split(dtype)
+    if made is None or rates is None:
+        return None
+    part = min(1.0, threads / (made.rates.cpu_attend_threads or threads))
+    return replace(rates, cpu=part * rates.cpu, cpu_alone=part * rates.only_cpu)
+
+
+def share_at_start(rates: SplitRates | None) -> float:
+    """The CPU's share of what is in RAM, as long as nothing is known of a step's other work; 0 without rates."""
+    return 0.0 if rates is None else best_split(SplitWork(1.0), rates).fraction
+
+
+def attended_limit(made: Calibration | None) -> float | None:
+    """10^9 bytes/s at which the CPU reads RAM, so that it cannot attend faster; None where it was not measured."""
+    read = None if made is None else made.rates.ram_read
+    return None if read is None else read / 1e9
 
 
 def _slower(first: float | None, second: float | None) -> float | None:

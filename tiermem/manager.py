@@ -19,7 +19,13 @@ from tiermem.device.discovery import open_device
 from tiermem.device.protocol import Device, Progress
 from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.layout import PageLayout
-from tiermem.limits import calibration_of, disk_options, route_limits, use_best_copies
+from tiermem.limits import (
+    attended_limit,
+    calibration_of,
+    disk_options,
+    route_limits,
+    use_best_copies,
+)
 from tiermem.pools import Tier
 from tiermem.pressure import Pressure
 from tiermem.publication import write_published
@@ -237,6 +243,7 @@ class TierManager:
             ssd_io=self._store.io_kind if self._store else None,
             attended_bytes=core.mover.meter.attended_bytes,
             attended_s=core.mover.meter.attended_s,
+            attended_limit_gb_per_s=self._attended_limit,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -300,10 +307,11 @@ class TierManager:
         made = calibration_of(self._device)
         use_best_copies(self._device, made)
         self._limits = route_limits(made, self.config.ssd_path)
+        self._attended_limit = attended_limit(made)
         self._store = open_store(self.layout, self.config, disk_options(made, self.config))
         self._core = build_core(
             self.layout, self.config, self.model_id, self.shard, self._device, self._store,
-            self._seal_idle, progress,
+            self._seal_idle, progress, made,
         )  # fmt: skip
         self._resident = ResidentPool(self._core)
         self._publisher = Publisher()

@@ -18,6 +18,17 @@ ATTENDED_AS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp16"}
 own."""
 
 
+RELATIVES = {
+    "cpu_attend_fp16": "ram_read",
+    "cpu_attend_fp16_beside": "ram_read",
+    "link_beside_fp16": "link_to_device",
+    "cpu_attend_bf16": "ram_read",
+    "cpu_attend_bf16_beside": "ram_read",
+    "link_beside_bf16": "link_to_device",
+}
+"""Rates that are a share of another one: attention of reading RAM, the link beside it of the link alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Bytes/s, unless it says otherwise; None for what was not measured.
@@ -94,6 +105,13 @@ class Rates:
     def over(self, other: Rates) -> Rates:
         """These rates, and where they are unknown those of `other`."""
         return Rates(**{**other.to_table(), **self.to_table()})
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of the rates in RELATIVES, about 0 to 1, as far as both are known."""
+        known = self.to_table()
+        pairs = ((name, of) for name, of in RELATIVES.items() if name in known and of in known)
+        return {name: known[name] / known[of] for name, of in pairs}
 
     def split(self, dtype: str) -> SplitRates | None:
         """How link and CPU share what is in RAM, in pages of `dtype`; None where it is not known."""

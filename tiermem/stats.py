@@ -71,7 +71,8 @@ class SequenceStats:
 class Stats:
     """A manager at one moment. Times are seconds since the epoch, sizes bytes.
 
-    `attended_bytes` of K and V were attended by the CPU where they lie in RAM, in `attended_s` seconds.
+    `attended_bytes` of K and V were attended by the CPU where they lie in RAM, in `attended_s` seconds;
+    `attended_limit_gb_per_s` is the rate at which it was measured to read RAM, None where it was not.
     """
 
     pid: int
@@ -101,6 +102,19 @@ class Stats:
     ssd_io: str | None
     attended_bytes: int
     attended_s: float
+    attended_limit_gb_per_s: float | None
+
+    @property
+    def attended_gb_per_s(self) -> float:
+        """Mean rate of the CPU's attention while it attended, 10^9 bytes a second; 0 where it did not."""
+        return self.attended_bytes / self.attended_s / 1e9 if self.attended_s > 0 else 0.0
+
+    @property
+    def attended_share_of_limit(self) -> float | None:
+        """That rate as a share of the rate of RAM reads; None where nothing was attended or is known."""
+        if self.attended_limit_gb_per_s is None or self.attended_gb_per_s <= 0:
+            return None
+        return self.attended_gb_per_s / self.attended_limit_gb_per_s
 
     @property
     def hit_rates(self) -> dict[str, float]:
@@ -115,6 +129,10 @@ class Stats:
 
     def to_json(self) -> dict[str, object]:
         """Names and plain values, for `json.dumps`."""
-        derived = {"hit_rates": self.hit_rates, "prefix_hit_rate": self.prefix_hit_rate}
+        derived = {
+            "hit_rates": self.hit_rates,
+            "prefix_hit_rate": self.prefix_hit_rate,
+            "attended_share_of_limit": self.attended_share_of_limit,
+        }
         flows = [{**asdict(flow), "share_of_limit": flow.share_of_limit} for flow in self.flows]
         return {**asdict(self), "flows": flows, **derived}

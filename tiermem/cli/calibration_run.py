@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tiermem import calibration
@@ -21,11 +21,12 @@ from tiermem.device.copy_measure import measure_copies
 from tiermem.device.copy_rates import CopyRates
 from tiermem.device.discovery import choose, open_device, survey
 from tiermem.device.host import host_free_bytes
+from tiermem.device.protocol import Device
 from tiermem.disk_rates import LEAST_BYTES, measure_disk
 from tiermem.errors import TierMemError
 from tiermem.machine import Machine
-from tiermem.measure.ceilings import FULL, QUICK, Ceilings
-from tiermem.measure.machine_rates import ceiling_rates
+from tiermem.measure.ceilings import FULL, QUICK, Ceilings, Effort
+from tiermem.measure.machine_rates import ceiling_rates, ram_attention_rates
 from tiermem.rates import Rates
 
 COPY_S, QUICK_COPY_S = 6.0, 1.0
@@ -76,15 +77,23 @@ class Run:
         return [
             ("memory and link", self._measure_ceilings),
             ("ways to copy", self._measure_copies),
+            ("attention in RAM", self._measure_ram_attention),
             ("attention and steps", self._measure_steps),
             ("disk", self._measure_disk),
         ]
 
     def _measure_ceilings(self) -> None:
+        self._measure_with(QUICK if self.quick else FULL, ceiling_rates)
+
+    def _measure_ram_attention(self) -> None:
+        effort = QUICK if self.quick else FULL
+        self._measure_with(replace(effort, hot_bytes=QUICK.hot_bytes), ram_attention_rates)
+
+    def _measure_with(self, effort: Effort, rates: Callable[[Ceilings, Device], Rates]) -> None:
         device = open_device(self.device)[0]
         try:
-            with Ceilings(device, QUICK if self.quick else FULL) as ceilings:
-                self.rates = ceiling_rates(ceilings, device).over(self.rates)
+            with Ceilings(device, effort) as ceilings:
+                self.rates = rates(ceilings, device).over(self.rates)
         finally:
             device.close()
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import tiermem
 from tiermem import calibration
-from tiermem.calibration import Found
+from tiermem.attention.cpus import cpus_beside_gpu, usable_cpus
+from tiermem.calibration import Calibration, Found
 from tiermem.cli.checkup_text import checkup_lines
 from tiermem.cli.disk_probe import DiskReport, probe_disk
 from tiermem.cli.hardware_bounds import gpu_bounds
@@ -22,6 +23,7 @@ from tiermem.cli.tier_options import private_base
 from tiermem.config import TierConfig, profile_for_device
 from tiermem.device.discovery import choose, probe
 from tiermem.device.report import DeviceChoice, DeviceReport
+from tiermem.limits import share_at_start, split_rates
 from tiermem.machine import Machine
 from tiermem.rates import Rates
 
@@ -31,7 +33,10 @@ LITTLE_DISK_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What tiermem would do without any option: sizes are bytes of the tiers, from what is free now."""
+    """What tiermem would do without any option: sizes are bytes of the tiers, from what is free now.
+
+    cpu_share: of what is in RAM alone, what the CPU would attend in fp16 pages. cpu_threads: that would.
+    """
 
     device: str
     reason: str
@@ -39,6 +44,8 @@ class Plan:
     gpu_bytes: int
     ram_bytes: int
     ssd_bytes: int
+    cpu_share: float
+    cpu_threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,18 @@ class Checkup:
     def to_json(self) -> dict[str, object]:
         """Names and plain values, for `json.dumps`."""
         table = {**asdict(self), "calibration": self.calibration.to_table()}
-        return {**table, "bounds": self.bounds.to_table(), "shares_of_bounds": self.shares}
+        made = self.calibration.calibration
+        return {
+            **table,
+            "bounds": self.bounds.to_table(),
+            "shares_of_bounds": self.shares,
+            "shares_of_rates": {} if made is None else made.rates.shares,
+        }
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether there is no GPU to use."""
+        return choose("auto", self.devices).gpu is None
 
     @property
     def shares(self) -> dict[str, float]:
@@ -98,7 +116,7 @@ def examine(ssd_path: Path | None) -> Checkup:
         host=host,
         devices=devices,
         disk=disk,
-        plan=_plan(host, devices, disk, ssd_path),
+        plan=_plan(host, devices, disk, ssd_path, found.calibration),
         calibration=found,
         bounds=_bounds(devices, found),
         warnings=tuple(_warnings(versions, host, devices, disk, found)),
@@ -116,7 +134,13 @@ def _bounds(devices: DeviceReport, found: Found) -> Rates:
     return gpu_bounds(gpu, found.calibration.rates)
 
 
-def _plan(host: HostReport, devices: DeviceReport, disk: DiskReport, ssd_path: Path | None) -> Plan:
+def _plan(
+    host: HostReport,
+    devices: DeviceReport,
+    disk: DiskReport,
+    ssd_path: Path | None,
+    made: Calibration | None,
+) -> Plan:
     choice = choose("auto", devices)
     gpu = choice.gpu
     profile = profile_for_device(gpu.name if gpu else None, gpu.total_bytes if gpu else 0)
@@ -126,6 +150,8 @@ def _plan(host: HostReport, devices: DeviceReport, disk: DiskReport, ssd_path: P
     if config.gpu_limit is not None:
         gpu_bytes = min(gpu_bytes, config.gpu_limit.num_bytes)
     host_left = host.free_bytes - (gpu_bytes if gpu is None else 0)
+    threads = usable_cpus() if gpu is None else cpus_beside_gpu()
+    share = 1.0 if gpu is None else share_at_start(split_rates(made, "float16", threads))
     return Plan(
         device=_device_text(choice),
         reason=choice.reason,
@@ -133,6 +159,8 @@ def _plan(host: HostReport, devices: DeviceReport, disk: DiskReport, ssd_path: P
         gpu_bytes=gpu_bytes,
         ram_bytes=config.ram.resolve(max(host_left, 0)),
         ssd_bytes=config.ssd.resolve(disk.free_bytes),
+        cpu_share=share,
+        cpu_threads=threads,
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tiermem.calibration import FIX
 from tiermem.cli.calibration_text import calibration_lines
-from tiermem.cli.human import size_text
+from tiermem.cli.human import share_text, size_text
 from tiermem.cli.table import pairs
 from tiermem.device.report import GpuInfo, version_text
 
@@ -82,7 +82,19 @@ def _plan(found: Checkup) -> list[tuple[str, str]]:
         ("GPU tier", size_text(plan.gpu_bytes)),
         ("RAM tier", size_text(plan.ram_bytes)),
         ("SSD tier", ssd),
+        ("CPU share", _cpu_text(found)),
     ]
+
+
+def _cpu_text(found: Checkup) -> str:
+    """What the CPU would attend of what is in RAM, and by which rates that is chosen."""
+    plan, made = found.plan, found.calibration.calibration
+    threads = f"{plan.cpu_threads} threads"
+    if found.on_cpu:
+        return f"all of what is in RAM; {threads}"
+    if made is None or made.rates.split("float16") is None:
+        return f"none of what is in RAM: how fast it attends is not known; {FIX}"
+    return f"{share_text(plan.cpu_share)} of what is in RAM, by the measured rates; {threads}"
 
 
 def _calibration(found: Checkup, width: int | None) -> list[str]:

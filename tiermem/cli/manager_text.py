@@ -180,8 +180,9 @@ def _prefix_text(stats: Stats) -> str:
 
 def attended_text(stats: Stats) -> str:
     """Bytes that the CPU attended where they lie in RAM, and how fast."""
-    rate = stats.attended_bytes / stats.attended_s / 1e9 if stats.attended_s > 0 else 0.0
-    return f"{size_text(stats.attended_bytes)} by the CPU, {rate_text(rate)}"
+    text = f"{size_text(stats.attended_bytes)} by the CPU, {rate_text(stats.attended_gb_per_s)}"
+    share = stats.attended_share_of_limit
+    return text if share is None else f"{text}, {share_text(share)} of RAM reads"
 
 
 def _host_memory_text(stats: Stats) -> str:

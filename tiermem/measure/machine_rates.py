@@ -22,7 +22,7 @@ def ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
     threads = torch.get_num_threads()
     dtype = torch.float16 if on_gpu else torch.float32
     products = ceilings.product_costs(dtype)
-    rates = Rates(
+    return Rates(
         link_to_device=ceilings.link_rate(Direction.HOST_TO_DEVICE),
         link_to_host=ceilings.link_rate(Direction.DEVICE_TO_HOST),
         link_both=ceilings.two_way_link_rate(),
@@ -38,11 +38,16 @@ def ceiling_rates(ceilings: Ceilings, device: Device) -> Rates:
         queued_kernel_s=queued_kernel_time_s(device, ceilings.repeats),
         launch_s=launch_time_s(device, ceilings.repeats),
     )
-    return rates.over(_attend_rates(ceilings, on_gpu))
 
 
-def _attend_rates(ceilings: Ceilings, on_gpu: bool) -> Rates:
-    """The CPU's attention, beside the link too where there is one."""
+def ram_attention_rates(ceilings: Ceilings, device: Device) -> Rates:
+    """The rates of the CPU's attention over pages in RAM, and where there is a GPU, of both beside each other.
+
+    Raises
+    ------
+    InvariantError: as `beside_link`.
+    """
+    on_gpu = device.kind is DeviceKind.CUDA
     threads = cpus_beside_gpu() if on_gpu else usable_cpus()
     known: dict[str, float] = {"cpu_attend_threads": threads}
     for dtype, kind in ATTENDED.items():
