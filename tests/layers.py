@@ -51,6 +51,7 @@ LAYERS = {
         "tiermem.core",
         "tiermem.hand_over",
         "tiermem.lease",
+        "tiermem.lookahead",
         "tiermem.packed",
         "tiermem.resident",
         "tiermem.plan",
@@ -60,6 +61,7 @@ LAYERS = {
         "tiermem.sequence",
         "tiermem.step",
         "tiermem.streaming",
+        "tiermem.upload",
     ],
     "manager": [
         "tiermem.build",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +13,8 @@ from tiermem.attention.pool_view import PagedTables
 from tiermem.core import Core
 from tiermem.plan import NO_PAGE, Plan, Share
 from tiermem.pools import Ids, Slots, Tier
-from tiermem.streaming import NUM_HALVES
+from tiermem.streaming import NUM_HALVES, SliceLoad
+from tiermem.upload import Upload
 
 NOT_STORED = -1
 """Where a token has no place in the pool at hand."""
@@ -24,14 +24,13 @@ NOT_STORED = -1
 class Chunk:
     """Pages of one sequence that a step reads through one half of the ring.
 
-    `ids` and `tiers` are what is loaded, to the first slots of the half; for a chunk of written pages only
-    those that continue older bytes are, into `loaded_slots`. `token_slots` is None for old pages.
+    `load` brings old bytes to the first slots of the half: all pages, or of a chunk of written ones the page that
+    continues older bytes; None where there is none. `token_slots` is None for old pages.
     """
 
     share: Share
     half: int
-    ids: Ids
-    tiers: Slots
+    load: SliceLoad | None
     num_pages: int
     tables: PagedTables
     written: Ids
@@ -44,7 +43,7 @@ class Chunk:
         return slice(self.share.first_row, self.share.first_row + self.share.new_tokens)
 
 
-def hot_tables(core: Core, plan: Plan) -> PagedTables:
+def hot_tables(core: Core, plan: Plan, upload: Upload) -> PagedTables:
     """Tables of the hot pages of every sequence, old and written."""
     slots, starts, counts = [], [], []
     page_tokens = core.layout.page_tokens
@@ -55,11 +54,10 @@ def hot_tables(core: Core, plan: Plan) -> PagedTables:
         starts.append(hot * page_tokens)
         counts.append(len(hot))
         all_hot = all_hot and len(hot) == len(share.pages)
-    put = partial(upload, core)
-    return _tables(put, plan.shares, slots, None if all_hot else starts, counts)
+    return _tables(upload.put, plan.shares, slots, None if all_hot else starts, counts)
 
 
-def hot_token_slots(core: Core, plan: Plan) -> torch.Tensor:
+def hot_token_slots(core: Core, plan: Plan, upload: Upload) -> torch.Tensor:
     """Where each new token goes in the hot pool: slot x page_tokens + offset, or NOT_STORED; (num_rows,) int64."""
     parts = []
     for share in plan.shares:
@@ -67,7 +65,7 @@ def hot_token_slots(core: Core, plan: Plan) -> torch.Tensor:
         hot = share.homes == Tier.GPU
         slots[hot] = core.table.slots(share.pages[hot], Tier.GPU)
         parts.append(_token_slots(core, share, slots))
-    return upload(core, np.concatenate(parts))
+    return upload.put(np.concatenate(parts))
 
 
 def ram_places(core: Core, plan: Plan) -> list[Slots]:
@@ -94,7 +92,9 @@ def ram_tables(core: Core, plan: Plan, in_ram: SequenceOf[Slots]) -> PagedTables
     return _tables(torch.from_numpy, shares, slots, starts, [len(places) for places in in_ram])
 
 
-def make_chunks(core: Core, plan: Plan, in_ram: SequenceOf[Slots]) -> list[Chunk]:
+def make_chunks(
+    core: Core, plan: Plan, in_ram: SequenceOf[Slots], upload: Upload
+) -> list[Chunk]:
     """Every page of the step that is neither hot nor attended in RAM, in chunks that alternate between the
     halves of the ring."""
     chunks: list[Chunk] = []
@@ -102,20 +102,19 @@ def make_chunks(core: Core, plan: Plan, in_ram: SequenceOf[Slots]) -> list[Chunk
         cold = np.flatnonzero(share.homes != Tier.GPU)
         old = np.setdiff1d(cold[cold < share.first_written], attended, assume_unique=True)
         written = cold[cold >= share.first_written]
-        groups = _groups(core, old)
+        groups = _even_groups(core, old)
         for tier in (Tier.RAM, Tier.SSD):
             groups += _groups(core, written[share.homes[written] == tier])
         for places in groups:
-            chunks.append(_make_chunk(core, share, places, len(chunks) % NUM_HALVES))
+            chunks.append(_make_chunk(core, upload, share, places, len(chunks) % NUM_HALVES))
     return chunks
 
 
-def upload(core: Core, array: np.ndarray) -> torch.Tensor:
-    """A small table on the device; the copy runs on the compute stream."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if core.device.torch_device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(core.device.torch_device, non_blocking=True)
+def _even_groups(core: Core, places: Slots) -> list[Slots]:
+    """Of about one size, and as many for one half of the ring as for the other, layer after layer."""
+    rounds = -(-len(places) // (NUM_HALVES * core.ring.chunk_pages))
+    groups = np.array_split(places, NUM_HALVES * rounds) if rounds else []
+    return [group for group in groups if len(group)]
 
 
 def _groups(core: Core, places: Slots) -> list[Slots]:
@@ -123,25 +122,25 @@ def _groups(core: Core, places: Slots) -> list[Slots]:
     return [places[i : i + size] for i in range(0, len(places), size)]
 
 
-def _make_chunk(core: Core, share: Share, places: Slots, half: int) -> Chunk:
+def _make_chunk(core: Core, upload: Upload, share: Share, places: Slots, half: int) -> Chunk:
     ring_slots = core.ring.slots_of(half, len(places))
     starts = places * core.layout.page_tokens
-    put = partial(upload, core)
-    tables = _tables(put, [share], [ring_slots], [starts], [len(places)], first_row=share.first_row)
+    tables = _tables(
+        upload.put, [share], [ring_slots], [starts], [len(places)], first_row=share.first_row
+    )
     if places[0] < share.first_written:
+        load = core.ring.plan(half, share.pages[places], share.homes[places])
         return Chunk(
-            share, half, share.pages[places], share.homes[places], len(places), tables,
-            share.pages[:0], Tier.GPU, None,
-        )  # fmt: skip
+            share, half, load, len(places), tables, share.pages[:0], Tier.GPU, token_slots=None
+        )
     slots = np.full(len(share.pages), NOT_STORED, dtype=np.int64)
     slots[places] = ring_slots
-    token_slots = upload(core, _token_slots(core, share, slots))
+    token_slots = upload.put(_token_slots(core, share, slots))
     bases = share.bases[places - share.first_written]
     bases = bases[bases != NO_PAGE]  # at most one, and then of the first page
-    return Chunk(
-        share, half, bases, core.best_tiers(bases), len(places), tables,
-        share.pages[places], Tier(int(share.homes[places[0]])), token_slots,
-    )  # fmt: skip
+    load = core.ring.plan(half, bases, core.best_tiers(bases)) if len(bases) else None
+    home = Tier(int(share.homes[places[0]]))
+    return Chunk(share, half, load, len(places), tables, share.pages[places], home, token_slots)
 
 
 def _token_slots(core: Core, share: Share, slots: Slots) -> Slots:

@@ -11,15 +11,18 @@ import torch
 
 from tiermem import trace
 from tiermem.attention.arguments import check_attend
+from tiermem.attention.partial_sums import PartialSums
 from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks, ram_places, ram_tables
 from tiermem.core import Core
 from tiermem.device.protocol import Event
 from tiermem.errors import ClosedError, CorruptPageError, TierMemError, TransferError
+from tiermem.lookahead import Lookahead
 from tiermem.plan import Plan
 from tiermem.planner import make_plan, plan_resident
 from tiermem.pools import Ids, Tier, as_ids
 from tiermem.resident import ResidentPool, ResidentTables
 from tiermem.sequence import Sequence
+from tiermem.upload import Upload
 
 
 class StepWork:
@@ -82,6 +85,7 @@ class Step:
         self._new_tokens = new_tokens
         self._plan: Plan | None = None
         self._chunks: list[Chunk] = []
+        self._lookahead = Lookahead(core.ring, [], 0)
         self._ram_tables: Any = None
         self._checksums: dict[int, list[np.ndarray]] = {}
         self._saves: list[Event] = []
@@ -154,9 +158,9 @@ class Step:
         _require_tensor("v", v)
         self._core.backend.store(self._core.hot, layer, k, v, self._token_slots)
         self._kv = (k, v)
-        for chunk in self._chunks:
+        for i, chunk in enumerate(self._chunks):
             if chunk.token_slots is not None:
-                self._fill(chunk, layer)
+                self._fill(layer, i)
                 self._save(chunk, layer)
         self._next_layer += 1
 
@@ -227,12 +231,17 @@ class Step:
             self._resident = self._resident_pool.tables_of(plan)
             self._tables, self._token_slots = self._resident.paged, self._resident.token_slots
             return
-        self._tables = hot_tables(self._core, plan)
-        self._token_slots = hot_token_slots(self._core, plan)
+        upload = Upload(self._core.device.torch_device)
+        self._tables = hot_tables(self._core, plan, upload)
+        self._token_slots = hot_token_slots(self._core, plan, upload)
         if plan.is_resident:
+            upload.send()
             return
         in_ram = ram_places(self._core, plan)
-        self._chunks = make_chunks(self._core, plan, in_ram)
+        self._chunks = make_chunks(self._core, plan, in_ram, upload)
+        upload.send()
+        self._lookahead = Lookahead(self._core.ring, self._chunks, self._core.layout.num_layers)
+        self._lookahead.advance()
         tables = ram_tables(self._core, plan, in_ram)
         if tables is not None and self._core.ram is not None:
             self._ram_tables = self._core.ram.tables(tables)
@@ -241,7 +250,7 @@ class Step:
         self, layer: int, q: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         """Partial results over hot pages, over those in RAM and over each chunk, merged by log-sum-exp."""
-        backend, ring, ram = self._core.backend, self._core.ring, self._core.ram
+        backend, ram = self._core.backend, self._core.ram
         begun = None
         if ram is not None and self._ram_tables is not None:
             check_attend(self._core.hot, q, self._tables, window)
@@ -250,38 +259,27 @@ class Step:
             self._core.hot, layer, q, self._tables,
             scale=scale, window=window, out_dtype=torch.float32,
         )  # fmt: skip
+        sums = PartialSums(backend, out, lse)
         for i, chunk in enumerate(self._chunks):
-            self._fill(chunk, layer)
-            self._read_ahead(i, layer)
-            part, part_lse = backend.attend(
-                ring.view, layer, q[chunk.rows], chunk.tables,
+            self._fill(layer, i)
+            sums.add(chunk.rows, *backend.attend(
+                self._core.ring.view, layer, q[chunk.rows], chunk.tables,
                 scale=scale, window=window, out_dtype=torch.float32,
-            )  # fmt: skip
-            ring.end_use(chunk.half)
-            out[chunk.rows], lse[chunk.rows] = backend.merge(
-                [out[chunk.rows], part], [lse[chunk.rows], part_lse], torch.float32
-            )
+            ))  # fmt: skip
+            self._lookahead.end_use(i)
         if ram is not None and begun is not None:
-            part, part_lse = ram.result(begun)
-            out, lse = backend.merge([out, part], [lse, part_lse], torch.float32)
-        return out.to(q.dtype)
+            sums.add(slice(0, len(q)), *ram.result(begun))
+        return sums.result(q.dtype)[0]
 
-    def _read_ahead(self, i: int, layer: int) -> None:
-        """Start what comes from the SSD for the chunk after number `i`: of this layer, or the next one's first."""
-        following = layer if i + 1 < len(self._chunks) else layer + 1
-        if following < self._core.layout.num_layers:
-            chunk = self._chunks[(i + 1) % len(self._chunks)]
-            self._core.ring.read_ahead(chunk.half, following, chunk.ids, chunk.tiers)
-
-    def _fill(self, chunk: Chunk, layer: int) -> None:
-        """Bring the chunk's slices to its half of the ring: old bytes from their tiers, new ones from k and v."""
-        ring = self._core.ring
-        if len(chunk.ids):
-            ring.load(chunk.half, layer, chunk.ids, chunk.tiers)
+    def _fill(self, layer: int, i: int) -> None:
+        """Bring slices to the half of chunk `i`: old bytes from their tiers, new ones from k and v."""
+        self._lookahead.begin_use(layer, i)
+        chunk, ring = self._chunks[i], self._core.ring
         if chunk.token_slots is None:
+            self._lookahead.advance()
             return
         assert self._kv is not None
-        ring.begin_use(chunk.half)
+        ring.begin_write(chunk.half)
         k, v = self._kv
         self._core.backend.store(ring.view, layer, k[chunk.rows], v[chunk.rows], chunk.token_slots)
 

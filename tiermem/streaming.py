@@ -7,7 +7,7 @@ Every use of a half waits, on the device, for the uses before it.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,22 +26,77 @@ NUM_HALVES = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Read:
-    """Slices on their way from the SSD to the first buffers of a half."""
+class _Copies:
+    """Slices of pages in one tier: where those of layer 0 lie, and the ring's slots that they are copied to."""
 
-    layer: int
+    tier: Tier
+    direction: Direction
+    target: Addresses
+    source: Addresses
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ColdSlices:
+    """Slices of pages on the SSD: their slots there, and in the ring."""
+
     ids: Ids
+    slots: Slots
+    ring_slots: Slots
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SliceLoad:
+    """Pages whose slices are brought to the first slots of a half, one layer at a time.
+
+    Worked out once for all layers: the pages must be pinned in their tiers as long as it is used.
+    """
+
+    half: int
+    copies: tuple[_Copies, ...]
+    cold: _ColdSlices | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """Slices of one layer on their way from the SSD to the buffers of a half."""
+
+    load: SliceLoad
+    layer: int
     transfer: StoreTransfer
 
-    def is_of(self, layer: int, ids: Ids) -> bool:
-        """Whether it brings `layer` of the pages `ids`."""
-        return self.layer == layer and np.array_equal(self.ids, ids)
+
+@dataclass(slots=True, eq=False)
+class _Half:
+    """What one half of the ring has, or is being filled with.
+
+    users: what has to end before it is filled again. load, layer: what was started last, if it is still there;
+    loaded: when it is. is_waiting: it was not used yet. ahead: reads from the SSD that were started for it;
+    drained: when the buffers of those before are free.
+    """
+
+    users: list[Event] = field(default_factory=list)
+    load: SliceLoad | None = None
+    layer: int = 0
+    loaded: Event | None = None
+    is_waiting: bool = False
+    ahead: _Read | None = None
+    drained: Event | None = None
+
+    def holds(self, load: SliceLoad, layer: int) -> bool:
+        """Whether the slices of `load` are there, or on their way."""
+        return self.load is load and self.layer == layer
+
+    def given_to(self, *users: Event) -> None:
+        """Something else than a load has it now, until `users`."""
+        self.load, self.loaded, self.is_waiting = None, None, False
+        self.users = list(users)
 
 
 class Ring:
     """Staging for slices: `chunk_pages` slices in each half, on the device and, with a store, in pinned RAM.
 
-    Reads that were started ahead fill the buffers in pinned RAM of their half until they are loaded, or dropped.
+    Loads may be started ahead of their use, one a half. Reads from the SSD that were started ahead fill the
+    buffers in pinned RAM of their half until they are loaded, or dropped.
     """
 
     def __init__(
@@ -78,8 +133,7 @@ class Ring:
             num_slots,
             SlotHolds.ONE_LAYER,
         )
-        self._users: list[list[Event]] = [[] for _ in range(NUM_HALVES)]
-        self._ahead: dict[int, _Read] = {}
+        self._halves = [_Half() for _ in range(NUM_HALVES)]
 
     @property
     def device_bytes(self) -> int:
@@ -100,51 +154,90 @@ class Ring:
         """The first `count` slots of `half` in the ring."""
         return np.arange(half * self.chunk_pages, half * self.chunk_pages + count, dtype=np.int64)
 
-    @traced("stream slices in")
-    def load(self, half: int, layer: int, ids: Ids, tiers: Slots) -> None:
-        """Bring `layer` of the pages, each from a VALID copy in its tier, to the first slots of `half`.
+    def plan(self, half: int, ids: Ids, tiers: Slots) -> SliceLoad:
+        """How slices of the pages, each from a VALID copy in its tier, come to the first slots of `half`."""
+        slots = self.slots_of(half, len(ids))
+        copies, cold = [], None
+        for tier in Tier:
+            chosen = np.flatnonzero(tiers == tier)
+            if len(chosen) == 0:
+                continue
+            there = self._table.slots(ids[chosen], tier)
+            if tier == Tier.SSD:
+                cold = _ColdSlices(ids[chosen], there, slots[chosen])
+                continue
+            direction = Direction.DEVICE_TO_DEVICE if tier == Tier.GPU else Direction.HOST_TO_DEVICE
+            target, source = self._ring.addresses(slots[chosen]), self._pools[tier].addresses(there)
+            copies.append(_Copies(tier, direction, target, source))
+        return SliceLoad(half, tuple(copies), cold)
 
-        The pages must be pinned there. Returns before the copies have run; the compute stream waits for them.
+    @traced("stream slices in")
+    def start(self, load: SliceLoad, layer: int) -> None:
+        """Start bringing `layer` of its pages to its half, if it is not there; returns before the copies have run.
+
+        Waits for what comes from the SSD, which `read_ahead` starts earlier.
 
         Raises
         ------
         CorruptPageError: a slice read from the SSD is not what was written there.
         TransferError: a copy or read failed.
         """
+        half = self._halves[load.half]
+        if half.holds(load, layer):
+            return
+        offset = layer * self._layout.layer_bytes
+        half.load = None
         stream = self._mover.to_device
-        self._wait_for_users(half, stream)
-        slots = self.slots_of(half, len(ids))
-        for tier in Tier:
-            chosen = np.flatnonzero(tiers == tier)
-            if len(chosen) == 0:
-                continue
-            target = self._ring.addresses(slots[chosen])
-            source = self._source(half, layer, ids[chosen], tier, slots[chosen])
-            direction = Direction.DEVICE_TO_DEVICE if tier == Tier.GPU else Direction.HOST_TO_DEVICE
-            self._device.copy(direction, target, source, self._layout.layer_bytes, stream)
-            if tier != Tier.GPU:
-                self._note(tier, Tier.GPU, len(chosen))
-        loaded = stream.record()
-        self._users[half] = [loaded]
+        for event in half.users:
+            stream.wait_event(event)
+        for copies in load.copies:
+            self._copy_in(copies.direction, copies.target, copies.source + offset)
+            if copies.tier != Tier.GPU:
+                self._note(copies.tier, Tier.GPU, len(copies.target))
+        if load.cold is not None:
+            source = self._read(load, load.cold, layer)
+            target = self._ring.addresses(load.cold.ring_slots)
+            self._copy_in(Direction.HOST_TO_DEVICE, target, source)
+            self._note(Tier.SSD, Tier.GPU, len(target))
+        half.loaded = stream.record()
+        half.users = [half.loaded]
+        if load.cold is not None:
+            half.drained = half.loaded
+        half.load, half.layer, half.is_waiting = load, layer, True
+
+    def begin_use(self, load: SliceLoad, layer: int) -> None:
+        """As `start`; the compute stream waits for the copies."""
+        self.start(load, layer)
+        loaded = self._halves[load.half].loaded
+        assert loaded is not None
         self._device.compute_stream().wait_event(loaded)
         loaded.done()  # raises if it is known by now to have failed
 
-    def read_ahead(self, half: int, layer: int, ids: Ids, tiers: Slots) -> None:
-        """Start reading what `load` with the same arguments will take from the SSD; it must be pinned there.
+    def load(self, half: int, layer: int, ids: Ids, tiers: Slots) -> None:
+        """`begin_use` of pages that are wanted once."""
+        self.begin_use(self.plan(half, ids, tiers), layer)
+
+    def holds(self, load: SliceLoad, layer: int) -> bool:
+        """Whether `start` would have nothing to do."""
+        return self._halves[load.half].holds(load, layer)
+
+    def is_waiting(self, half: int) -> bool:
+        """Whether `half` has, or is to get, slices that nothing has used yet."""
+        return self._halves[half].is_waiting
+
+    def read_ahead(self, load: SliceLoad, layer: int) -> None:
+        """Start reading what `start` will take from the SSD, unless something is being read ahead for that half.
 
         Waits until earlier copies have left the half's buffers.
         """
-        chosen = np.flatnonzero(tiers == Tier.SSD)
-        if len(chosen) == 0 or half in self._ahead:
-            return
-        slots = self._table.slots(ids[chosen], Tier.SSD)
-        buffers = self._free_buffers(half, self.slots_of(half, len(ids))[chosen])
-        self._ahead[half] = self._start_read(layer, ids[chosen], slots, buffers)
+        if load.cold is not None and self._halves[load.half].ahead is None:
+            self._halves[load.half].ahead = self._start_read(load, load.cold, layer)
 
     def drop_ahead(self) -> None:
-        """Wait for reads that nobody wanted after all; whether they failed does not matter."""
-        for half in list(self._ahead):
-            self._drop(half)
+        """Forget what was started and not used: wait for reads, whether they failed or not."""
+        for number, half in enumerate(self._halves):
+            half.load, half.is_waiting = None, False
+            self._drop(number)
 
     def copy_out(self, half: int, target: Addresses) -> Event:
         """Copy the first slices of `half`, just loaded, to hot memory at `target`; the event behind it."""
@@ -154,16 +247,20 @@ class Ring:
             Direction.DEVICE_TO_DEVICE, target, source, self._layout.layer_bytes, stream
         )
         copied = stream.record()
-        self._users[half] = [copied]
+        self._halves[half].given_to(copied)
         return copied
 
-    def begin_use(self, half: int) -> None:
+    def begin_write(self, half: int) -> None:
         """The compute stream is about to write `half` itself: it waits for the uses before."""
-        self._wait_for_users(half, self._device.compute_stream())
+        compute = self._device.compute_stream()
+        for event in self._halves[half].users:
+            compute.wait_event(event)
+        self._halves[half].given_to(*self._halves[half].users)
 
     def end_use(self, half: int) -> None:
         """What the compute stream was given so far was the last to use `half`."""
-        self._users[half] = [self._device.compute_stream().record()]
+        self._halves[half].users = [self._device.compute_stream().record()]
+        self._halves[half].is_waiting = False
 
     @traced("stream slices out")
     def save(self, half: int, count: int, layer: int, dst: Slots) -> Event:
@@ -174,7 +271,7 @@ class Ring:
         event = self._save_to(
             half, count, self._pools[Tier.RAM].addresses(dst, layer * self._layout.layer_bytes)
         )
-        self._users[half] = [event]
+        self._halves[half].given_to(event)
         self._note(Tier.GPU, Tier.RAM, count)
         return event
 
@@ -186,7 +283,7 @@ class Ring:
         buffers = self._host.addresses(self.slots_of(half, count))
         event = self._save_to(half, count, buffers)
         event.wait()
-        self._users[half] = []
+        self._halves[half].given_to()
         self._note(Tier.GPU, Tier.SSD, count)
         return self._store.write_slices(dst, layer, buffers)
 
@@ -206,22 +303,18 @@ class Ring:
     def _note(self, src: Tier, dst: Tier, slices: int) -> None:
         self._mover.meter.stream(src, dst, slices * self._layout.layer_bytes)
 
-    def _wait_for_users(self, half: int, stream: Stream) -> None:
-        for event in self._users[half]:
-            stream.wait_event(event)
+    def _copy_in(self, direction: Direction, target: Addresses, source: Addresses) -> None:
+        size = self._layout.layer_bytes
+        self._device.copy(direction, target, source, size, self._mover.to_device)
 
-    def _source(self, half: int, layer: int, ids: Ids, tier: Tier, ring_slots: Slots) -> Addresses:
-        slots = self._table.slots(ids, tier)
-        if tier != Tier.SSD:
-            return self._pools[tier].addresses(slots, layer * self._layout.layer_bytes)
+    def _read(self, load: SliceLoad, cold: _ColdSlices, layer: int) -> Addresses:
+        """Where the slices lie in pinned RAM once they were read and verified."""
         assert self._host is not None and self._store is not None
-        read = self._ahead.pop(half, None)
-        if read is not None and not read.is_of(layer, ids):
-            self._end(read)
-            read = None
-        if read is None:
-            buffers = self._free_buffers(half, ring_slots)
-            read = self._start_read(layer, ids, slots, buffers)
+        half = self._halves[load.half]
+        if half.ahead is not None and (half.ahead.load, half.ahead.layer) != (load, layer):
+            self._drop(load.half)
+        read = half.ahead or self._start_read(load, cold, layer)
+        half.ahead = None
         read.transfer.wait()
         read.transfer.poll()
         good = self._store.verify(read.transfer)
@@ -229,31 +322,26 @@ class Ring:
             raise CorruptPageError(
                 f"{int((~good).sum())} pages read from SSD are not what was written there; "
                 f"they were not served",
-                pages=tuple(int(page) for page in ids[~good]),
+                pages=tuple(int(page) for page in cold.ids[~good]),
             )
-        return self._host.addresses(ring_slots)
+        return self._host.addresses(cold.ring_slots)
 
-    def _free_buffers(self, half: int, ring_slots: Slots) -> Addresses:
-        """Buffers of some slots of `half`, once earlier copies have left them."""
-        assert self._host is not None
-        for event in self._users[half]:
-            # Whether one failed was for its own step to find.
+    def _start_read(self, load: SliceLoad, cold: _ColdSlices, layer: int) -> _Read:
+        """Into buffers of the half, once earlier copies have left them."""
+        assert self._host is not None and self._store is not None
+        drained = self._halves[load.half].drained
+        if drained is not None:
+            # Whether it failed was for its own step to find.
             with contextlib.suppress(TransferError):
-                event.wait()
-        return self._host.addresses(ring_slots)
-
-    def _start_read(self, layer: int, ids: Ids, slots: Slots, buffers: Addresses) -> _Read:
-        assert self._store is not None
-        return _Read(layer, ids, self._store.read_slices(slots, layer, buffers))
+                drained.wait()
+        buffers = self._host.addresses(cold.ring_slots)
+        return _Read(load, layer, self._store.read_slices(cold.slots, layer, buffers))
 
     def _drop(self, half: int) -> None:
-        read = self._ahead.pop(half, None)
+        read, self._halves[half].ahead = self._halves[half].ahead, None
         if read is not None:
-            self._end(read)
-
-    def _end(self, read: _Read) -> None:
-        with contextlib.suppress(TransferError):
-            read.transfer.wait()
+            with contextlib.suppress(TransferError):
+                read.transfer.wait()
 
     def _save_to(self, half: int, count: int, target: Addresses) -> Event:
         stream = self._mover.to_host
