@@ -11,6 +11,7 @@ import torch
 
 from tiermem import trace
 from tiermem.attention.arguments import check_attend
+from tiermem.attention.page_lse import PageLse
 from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks, ram_places, ram_tables
 from tiermem.core import Core
 from tiermem.device.protocol import Event
@@ -187,22 +188,39 @@ class Step:
         TypeError, ValueError: a wrong shape, dtype or device, a scale or window out of range.
         TierMemError: not this layer's turn. CorruptPageError: a streamed page was found damaged.
         """
-        self._running_plan()
-        if layer != self._next_layer - 1:
-            raise TierMemError(
-                f"attend of layer {layer}: must follow append of that layer; the last one appended "
-                f"is {self._next_layer - 1 if self._next_layer else 'none'}"
-            )
-        _require_tensor("q", q)
-        if scale is None:
-            scale = self._core.layout.head_dim**-0.5
-        if not self._chunks and self._ram_tables is None:
-            out, _ = self._core.backend.attend(
-                self._core.hot, layer, q, self._tables,
-                scale=scale, window=window, out_dtype=q.dtype,
-            )  # fmt: skip
-            return out
-        return self._attend_in_parts(layer, q, scale, window)
+        self._check_turn(layer, q)
+        return self._attend(layer, q, scale, window, None)[0]
+
+    @trace.traced("attend")
+    def attend_with_mass(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `attend`, and the mass of each page: the sum of the softmax's weights of its tokens.
+
+        Returns
+        -------
+        The output, and the mass (new tokens, q_heads, pages) float32 on the manager's device: of each page by its
+        number in the token's sequence, in whichever tier it is; 0 past the sequence's last one. `pages` is of the
+        longest sequence; where a CUDA graph is captured, what its tables have room for. A row's sum up to 1.
+
+        Raises: as `attend`. It takes 4 bytes for each number, and up to 8 times that for a while.
+        """
+        plan = self._check_turn(layer, q)
+        core, tables = self._core, self._tables
+        check_attend(core.hot, q, tables, window)
+        num_pages = max(len(share.pages) for share in plan.shares)
+        room = max(num_pages, tables.max_pages)
+        page_lse = core.backend.new_page_lse(core.hot, q.shape[0], q.shape[1], room)
+        out, lse = self._attend(layer, q, scale, window, page_lse)
+        mass = core.backend.page_mass(page_lse, lse)
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return out, mass  # when it is replayed, the sequences are longer
+        return out, mass[..., :num_pages]
 
     # ---- replays -----------------------------------------------------------------------------------
 
@@ -237,18 +255,51 @@ class Step:
         if tables is not None and self._core.ram is not None:
             self._ram_tables = self._core.ram.tables(tables)
 
+    def _check_turn(self, layer: int, q: torch.Tensor) -> Plan:
+        plan = self._running_plan()
+        if layer != self._next_layer - 1:
+            raise TierMemError(
+                f"attend of layer {layer}: must follow append of that layer; the last one appended "
+                f"is {self._next_layer - 1 if self._next_layer else 'none'}"
+            )
+        _require_tensor("q", q)
+        return plan
+
+    def _attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+        page_lse: PageLse | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and lse over all pages."""
+        if scale is None:
+            scale = self._core.layout.head_dim**-0.5
+        if self._chunks or self._ram_tables is not None:
+            return self._attend_in_parts(layer, q, scale, window, page_lse)
+        return self._core.backend.attend(
+            self._core.hot, layer, q, self._tables,
+            scale=scale, window=window, out_dtype=q.dtype, page_lse=page_lse,
+        )  # fmt: skip
+
     def _attend_in_parts(
-        self, layer: int, q: torch.Tensor, scale: float, window: int | None
-    ) -> torch.Tensor:
+        self,
+        layer: int,
+        q: torch.Tensor,
+        scale: float,
+        window: int | None,
+        page_lse: PageLse | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial results over hot pages, over those in RAM and over each chunk, merged by log-sum-exp."""
         backend, ring, ram = self._core.backend, self._core.ring, self._core.ram
         begun = None
         if ram is not None and self._ram_tables is not None:
             check_attend(self._core.hot, q, self._tables, window)
-            begun = ram.begin(layer, q, self._ram_tables, scale, window)
+            begun = ram.begin(layer, q, self._ram_tables, scale, window, page_lse)
         out, lse = backend.attend(
             self._core.hot, layer, q, self._tables,
-            scale=scale, window=window, out_dtype=torch.float32,
+            scale=scale, window=window, out_dtype=torch.float32, page_lse=page_lse,
         )  # fmt: skip
         for i, chunk in enumerate(self._chunks):
             self._fill(chunk, layer)
@@ -256,6 +307,7 @@ class Step:
             part, part_lse = backend.attend(
                 ring.view, layer, q[chunk.rows], chunk.tables,
                 scale=scale, window=window, out_dtype=torch.float32,
+                page_lse=None if page_lse is None else page_lse.of_rows(chunk.rows),
             )  # fmt: skip
             ring.end_use(chunk.half)
             out[chunk.rows], lse[chunk.rows] = backend.merge(
@@ -264,7 +316,7 @@ class Step:
         if ram is not None and begun is not None:
             part, part_lse = ram.result(begun)
             out, lse = backend.merge([out, part], [lse, part_lse], torch.float32)
-        return out.to(q.dtype)
+        return out.to(q.dtype), lse
 
     def _read_ahead(self, i: int, layer: int) -> None:
         """Start what comes from the SSD for the chunk after number `i`: of this layer, or the next one's first."""
