@@ -13,6 +13,7 @@ import torch
 
 from tiermem.attention import TORCH_DTYPES, PagedTables, PoolView, SlotHolds, WorkList
 from tiermem.attention.backend import AttentionBackend
+from tiermem.attention.page_lse import PageLse
 from tiermem.attention.reference import ReferenceBackend
 from tiermem.attention.work_list import NO_SEQUENCE, PlannedWork
 from tiermem.layout import PageLayout
@@ -58,7 +59,10 @@ class Case:
     seed: int
 
     def run(
-        self, backend: AttentionBackend, out_dtype: torch.dtype = torch.float32
+        self,
+        backend: AttentionBackend,
+        out_dtype: torch.dtype = torch.float32,
+        page_lse: PageLse | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return backend.attend(
             self.pool,
@@ -68,6 +72,7 @@ class Case:
             scale=self.scale,
             window=self.window,
             out_dtype=out_dtype,
+            page_lse=page_lse,
         )
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +90,24 @@ class Case:
                 out[rows], lse[rows] = self._attend_densely(sequence, self.q[rows].double())
         return out, lse
 
+    def expected_mass(self, num_pages: int) -> torch.Tensor:
+        """(num_rows, q_heads, num_pages) in float64, on the case's device: of each page by its number."""
+        shape = (*self.q.shape[:2], num_pages)
+        mass = torch.zeros(shape, dtype=torch.float64, device=self.q.device)
+        row_starts = self.tables.row_starts.tolist()
+        for sequence in range(self.tables.num_sequences):
+            rows = slice(row_starts[sequence], row_starts[sequence + 1])
+            tokens, weights, _, _ = self._weigh_densely(sequence, self.q[rows].double())
+            pages = (tokens // self.pool.layout.page_tokens).long()
+            mass[rows].index_add_(2, pages, weights.flatten(1, 2))
+        return mass
+
     def _attend_densely(self, sequence: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, weights, v, lse = self._weigh_densely(sequence, q)
+        return torch.einsum("rhgn,hnd->rhgd", weights, v).flatten(1, 2), lse.flatten(1, 2)
+
+    def _weigh_densely(self, sequence: int, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tokens' positions (n,), their weights (rows, kv_heads, group, n), V and the lse."""
         layout, tables = self.pool.layout, self.tables
         count = int(tables.num_pages[sequence])
         slots = tables.block_table[sequence, :count].long()
@@ -108,7 +130,7 @@ class Case:
         scores.masked_fill_(~seen[:, None, None], -math.inf)
         lse = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - lse.nan_to_num(neginf=0.0)[..., None])
-        return torch.einsum("rhgn,hnd->rhgd", weights, v).flatten(1, 2), lse.flatten(1, 2)
+        return tokens, weights, v, lse
 
     def to(self, device: str) -> Case:
         """The same case on another device."""
@@ -213,6 +235,34 @@ def check_lse(actual: torch.Tensor, expected: torch.Tensor) -> None:
     seen = ~unseen
     bound = 1e-4 + 2e-6 * expected[seen].abs()
     assert ((actual[seen] - expected[seen]).abs() <= bound).all()
+
+
+def check_mass(
+    case: Case,
+    backend: AttentionBackend,
+    parts: int = 1,
+    tolerance: float = 1e-5,
+    expected: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend `parts` disjoint sets of the pages and compare the mass of all pages; what the merged result is."""
+    num_rows, num_heads = case.q.shape[:2]
+    num_pages = case.pool.layout.pages_for(max(case.tables.kv_end.tolist())) + 3
+    page_lse = backend.new_page_lse(case.pool, num_rows, num_heads, num_pages)
+    wide = page_lse.values.dtype
+    pieces = [case] if parts == 1 else split_pages(case, parts)
+    results = [piece.run(backend, wide, page_lse) for piece in pieces]
+    out, lse = backend.merge([out for out, _ in results], [lse for _, lse in results], wide)
+    mass = backend.page_mass(page_lse, lse)
+    if expected is None:
+        expected = case.expected_mass(num_pages)
+    assert mass.shape == (num_rows, num_heads, num_pages) and mass.dtype == wide
+    assert mass.is_contiguous()
+    error = float((mass.double() - expected).abs().max()) if mass.numel() else 0.0
+    assert error <= tolerance, f"error {error:.2e}, seed {case.seed}"
+    total = mass.double().sum(2)
+    assert ((total - (lse > -math.inf).double()).abs() <= 1e-4).all(), f"seed {case.seed}"
+    assert not (mass[expected == 0] != 0).any(), f"seed {case.seed}"
+    return out, lse
 
 
 def _poisoned_pool(layout: PageLayout, num_slots: int, holds: SlotHolds) -> PoolView:

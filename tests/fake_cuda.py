@@ -453,8 +453,9 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda) -> FakeCuda:
     monkeypatch.setattr(cuda_copies, "STAGE_BYTES", 1 << 16)
     monkeypatch.setattr(cuda_copies, "_machine_code", cuda_copies._machine_code.__wrapped__)
     monkeypatch.setattr(CudaDevice, "torch_device", property(lambda _: torch.device("cpu")))
-    stream = SimpleNamespace(cuda_stream=fake.current_stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(
+        torch._C, "_cuda_getCurrentRawStream", lambda _: fake.current_stream, raising=False
+    )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: fake.calls.update(["empty_cache"]))
     return fake

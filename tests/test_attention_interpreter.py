@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("interpreted_attention.py")
 
-
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("cases", ["interpreted_attention.py", "interpreted_page_mass.py"])
+def test_kernels_in_the_interpreter(cases: str) -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-x"]
     done = subprocess.run(
-        [*command, str(CASES)], env=environment, capture_output=True, text=True, check=False
+        [*command, str(Path(__file__).with_name(cases))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout[-400:]

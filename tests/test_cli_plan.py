@@ -47,7 +47,7 @@ def test_the_text_says_what_would_fit_a_t4(cli: Cli) -> None:
     text = " ".join(cli(*T4).out.split())
     for words in (
         "does not fit: 33b in fp16, 32,768 tokens on NVIDIA T4", "66.7 GB", "int4 18.0 GB",
-        "3 bits would fit: 13.9 GB", "3.3 bits a weight",
+        "3 bits would fit: 13.9 GB", "3.2 bits a weight",
     ):  # fmt: skip
         assert words in text, words
     assert "tokens/s" not in text
@@ -82,12 +82,42 @@ def test_the_text_has_the_sums(cli: Cli) -> None:
         assert words in text, words
     streaming = cli(*H200, "--gpu", "8GiB", "--ram", "16GiB").out
     for words in (
+        "streamed + CPU",
         "fixed set and streaming",
         "LRU and streaming",
         "link, meanwhile",
         "disk, before",
     ):
         assert words in streaming, words
+
+
+def test_a_request_that_the_cpu_shares_shows_how(cli: Cli) -> None:
+    text = " ".join(cli(*H200, "--gpu", "8GiB", "--ram", "48GiB").out.split())
+    for words in (
+        "limited by the link and the CPU, which end at once", "streamed + CPU",
+        "f = (X / B_link - T_gpu - L T_h) / (X / B_link + X / B_cpu) = 0.64",
+        "B_link 49.0 GB/s and B_cpu 104 GB/s", "L T_h 62 x 30 µs", "CPU, meanwhile:",
+        "split of X = 24.7 GB in RAM alone",
+    ):  # fmt: skip
+        assert words in text, words
+    document = cli(*H200, "--gpu", "8GiB", "--ram", "48GiB", "--json").json()
+    assert document["limit"] == "link and cpu"
+    shared, fixed, lru = document["modes"]
+    assert [mode["mode"] for mode in (shared, fixed, lru)] == [
+        "streamed + CPU", "fixed set and streaming", "LRU and streaming",
+    ]  # fmt: skip
+    assert document["tokens_per_s"] == shared["tokens_per_s"]
+    assert shared["attended_bytes"] == round(shared["cpu_share"] * shared["streamed_bytes"])
+    assert shared["cpu_s"] == pytest.approx(shared["link_s"])
+    assert shared["hand_over_s"] == pytest.approx(62 * 30e-6)
+    assert (fixed["cpu_s"], fixed["cpu_share"], fixed["attended_bytes"]) == (0, 0, 0)
+    assert document["machine"]["estimated_rates"] == []
+
+
+def test_pages_on_the_ssd_are_in_the_sums(cli: Cli) -> None:
+    text = " ".join(cli(*H200, "--gpu", "8GiB", "--ram", "16GiB").out.split())
+    assert "Y = 7.5 GB on the SSD" in text
+    assert "f = ((X + Y) / B_link" in text
 
 
 def test_options_change_the_answer(cli: Cli) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tiermem.bench.run import Run, Scale, open_ceilings
 from tiermem.bench.step_rates import Reference
 from tiermem.device.cpu import CpuDevice
 from tiermem.errors import InvariantError
+from tiermem.forecast import Hardware
 from tiermem.forecast.speed import Mode
 from tiermem.model_shape import ModelShape, TierSizes
 from tiermem.units import Size, SizeKind
@@ -45,6 +48,24 @@ def test_every_mode_has_its_rate_and_its_error(bench: Run) -> None:
         wanted = abs(decode.ceiling.value / decode.figures.median - 1) * 100
         assert error.figures.p5 - 1 <= wanted <= error.figures.p95 + 1
         assert error.subject.unit == "%"
+
+
+def test_beside_a_gpu_every_mode_is_decoded_with_the_share_that_was_predicted(bench: Run) -> None:
+    cases = {case.mode: case for case in prediction._cases(40, on_gpu=True)}
+    assert list(cases) == [Mode.RESIDENT, Mode.EAGER, Mode.FIXED, Mode.SHARED]
+    assert cases[Mode.SHARED].hot_pages == cases[Mode.FIXED].hot_pages == 10
+    on_gpu = SimpleNamespace(device=bench.device, on_gpu=True)
+    layout = PageLayout(32, 32, 128, "float16", 64)
+    shape = ModelShape.from_profile("7b")
+    shares = {}
+    for mode, case in cases.items():
+        step = prediction._predict(case, shape, layout, 40 * 64, Hardware.from_profile("h200"))
+        assert step.mode is mode
+        config = prediction._config(cast(Run, on_gpu), case, layout, step)
+        assert config.gpu.num_bytes == case.hot_pages * layout.slot_bytes
+        shares[mode] = config.cpu_share
+    assert shares[Mode.RESIDENT] == shares[Mode.EAGER] == shares[Mode.FIXED] == 0
+    assert 0.3 < (shares[Mode.SHARED] or 0) < 0.7
 
 
 def test_modes_that_decode_different_tokens_are_an_error() -> None:

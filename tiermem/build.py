@@ -66,8 +66,7 @@ def build_core(
     _check_threads(config.cpu_threads)
     backend = _backend(layout, config, device)
     with contextlib.ExitStack() as undo:
-        ring_pages = _ring_pages(layout, config)
-        hot_pool = _hot_pool(layout, config, device, NUM_HALVES * ring_pages * layout.layer_bytes)
+        hot_pool, ring_bytes = _hot_pool(layout, config, device)
         undo.callback(hot_pool.free)
         pools = {Tier.GPU: hot_pool}
         warm_pool = _warm_pool(layout, config, device, progress)
@@ -86,7 +85,8 @@ def build_core(
             device, layout, table, in_flight, pools, store, prefixes, config.staging_pages
         )
         undo.callback(mover.free)
-        ring = Ring(device, layout, table, pools, store, mover, ring_pages)
+        chunk_pages = ring_bytes // layout.layer_bytes // NUM_HALVES
+        ring = Ring(device, layout, table, pools, store, mover, chunk_pages)
         undo.pop_all()
     if store is not None:
         # Staging first: everything between GPU and SSD goes through it.
@@ -184,14 +184,11 @@ def _ram_attention(
     return HandOver(device, view, QueuedAttention(threads, deadline_s=config.io_timeout_s), policy)
 
 
-def _ring_pages(layout: PageLayout, config: TierConfig) -> int:
-    """Slices in one half of the ring: both halves take as much as `staging_pages` pages."""
-    return max(1, config.staging_pages * layout.num_layers // NUM_HALVES)
-
-
-def _hot_pool(layout: PageLayout, config: TierConfig, device: Device, ring_bytes: int) -> SlotPool:
+def _hot_pool(layout: PageLayout, config: TierConfig, device: Device) -> tuple[SlotPool, int]:
+    """The hot tier, and the bytes of the ring beside it."""
     info = device.memory_info()
     wanted = config.gpu.resolve(info.free_bytes)
+    ring_bytes = config.ring_bytes(layout, wanted)
     if config.gpu_limit is not None:
         limit = config.gpu_limit.num_bytes - ring_bytes
         if wanted > limit and config.gpu.kind is SizeKind.EXPLICIT:
@@ -200,7 +197,7 @@ def _hot_pool(layout: PageLayout, config: TierConfig, device: Device, ring_bytes
                 f"gpu_limit={config.gpu_limit}"
             )
         wanted = min(wanted, limit)
-    return _pool("gpu", config.gpu, wanted, layout, device.allocate)
+    return _pool("gpu", config.gpu, wanted, layout, device.allocate), ring_bytes
 
 
 def _warm_pool(

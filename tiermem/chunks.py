@@ -92,9 +92,7 @@ def ram_tables(core: Core, plan: Plan, in_ram: SequenceOf[Slots]) -> PagedTables
     return _tables(torch.from_numpy, shares, slots, starts, [len(places) for places in in_ram])
 
 
-def make_chunks(
-    core: Core, plan: Plan, in_ram: SequenceOf[Slots], upload: Upload
-) -> list[Chunk]:
+def make_chunks(core: Core, plan: Plan, in_ram: SequenceOf[Slots], upload: Upload) -> list[Chunk]:
     """Every page of the step that is neither hot nor attended in RAM, in chunks that alternate between the
     halves of the ring."""
     chunks: list[Chunk] = []
@@ -138,9 +136,9 @@ def _make_chunk(core: Core, upload: Upload, share: Share, places: Slots, half: i
     token_slots = upload.put(_token_slots(core, share, slots))
     bases = share.bases[places - share.first_written]
     bases = bases[bases != NO_PAGE]  # at most one, and then of the first page
-    load = core.ring.plan(half, bases, core.best_tiers(bases)) if len(bases) else None
+    older = core.ring.plan(half, bases, core.best_tiers(bases)) if len(bases) else None
     home = Tier(int(share.homes[places[0]]))
-    return Chunk(share, half, load, len(places), tables, share.pages[places], home, token_slots)
+    return Chunk(share, half, older, len(places), tables, share.pages[places], home, token_slots)
 
 
 def _token_slots(core: Core, share: Share, slots: Slots) -> Slots:

@@ -19,6 +19,7 @@ from tiermem.fields import (
     check_text,
     refuse,
 )
+from tiermem.layout import PageLayout
 from tiermem.legacy import LEGACY_KEYS, translate
 from tiermem.profiles import find_profile, hardware_profiles, profile_for_device
 from tiermem.units import Size, SizeKind, SizeLike, format_bytes
@@ -29,6 +30,10 @@ AUTO_GPU_FRACTION = 0.8
 AUTO_RAM_FRACTION = 0.25
 AUTO_SSD_FRACTION = 0.25
 """What "auto" takes of the memory or disk that is free when the pool is made."""
+
+RING_SHARE = 32
+RING_BYTES = 256 << 20
+"""Large chunks cost the host little: 62 layers of 256 KiB slices at 128K tokens are 4 or fewer a layer then."""
 
 
 class IoEngine(Enum):
@@ -70,7 +75,7 @@ class TierConfig:
         limit but the device's.
     low_watermark, high_watermark: shares (0 to 1) of a tier's pages that are free or clean and unpinned:
         below low, pages are demoted ahead of need, until it is high.
-    staging_pages: 1 to 4096, pages of staging per direction.
+    staging_pages: 1 to 4096, pages of staging per direction; see `ring_bytes` too.
     max_sequences: 1 to 65536, the most sequences in one step; sizes the step's fixed device buffers.
     io_engine: an IoEngine or its text.
     io_timeout_s: above 0 to 3600, deadline of one read or write, seconds.
@@ -189,6 +194,15 @@ class TierConfig:
             check_text("description", given.pop("description"), 1000)
         # Each value is checked by the constructor, whatever its type.
         return cls(**given)  # type: ignore[arg-type]
+
+    def ring_bytes(self, layout: PageLayout, hot_bytes: int) -> int:
+        """Device memory that streamed slices pass through beside a hot tier of `hot_bytes`.
+
+        As much as `staging_pages`, or a RING_SHAREth of the hot tier if that is more, but not above RING_BYTES.
+        """
+        share = min(hot_bytes // RING_SHARE, RING_BYTES)
+        num_slices = max(self.staging_pages * layout.num_layers, share // layout.layer_bytes)
+        return max(num_slices // 2, 1) * 2 * layout.layer_bytes
 
     def to_table(self) -> dict[str, object]:
         """Keys and values that JSON can hold and that `from_table` reads back as an equal configuration."""

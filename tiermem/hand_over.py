@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tiermem._core import AttentionOutcome, AttentionStatus
+from tiermem.attention.page_lse import PageLse, PagePlaces
 from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView
 from tiermem.attention.queued import Flag, QueuedAttention, QueuedTables
 from tiermem.device.protocol import Device, Event, Memory
@@ -30,14 +31,19 @@ _LEFT_BEHIND: list[HandOver] = []
 
 @dataclass(slots=True, eq=False)
 class _Buffer:
-    """Pinned memory of one job at a time; queries, output and lse are flat, the results seen by the device too."""
+    """Pinned memory of one job at a time; queries and results are flat, the results seen by the device too.
+
+    `page_lse` is empty until it is asked for.
+    """
 
     memory: Memory
     q: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
+    page_lse: torch.Tensor
     device_out: torch.Tensor
     device_lse: torch.Tensor
+    device_page_lse: torch.Tensor
     job: Job | None = None
 
 
@@ -50,6 +56,9 @@ class Job:
     buffer: _Buffer
     shape: tuple[int, int, int]
     """Rows, heads, head_dim."""
+    tables: QueuedTables
+    page_lse: PageLse | None
+    """On the device: where the pages' log-sum-exp goes."""
 
 
 class HandOver:
@@ -70,44 +79,54 @@ class HandOver:
         self._words.tensor.zero_()
         self._value = 0
         self._buffers: list[_Buffer] = []
-        self._items = (0, 0)
+        self._items = (0, 0, 0)
         self._jobs: list[Job] = []
         self._used: Event | None = None
+        self._places: tuple[QueuedTables, PagePlaces] | None = None
 
     def tables(self, tables: PagedTables) -> QueuedTables:
         """What `begin` takes, of tables on the host."""
         return QueuedTables(self._pool, tables)
 
     def begin(
-        self, layer: int, q: torch.Tensor, tables: QueuedTables, scale: float, window: int | None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        tables: QueuedTables,
+        scale: float,
+        window: int | None,
+        page_lse: PageLse | None = None,
     ) -> Job:
         """Enqueue the queries' way down and the attention behind it.
 
         Parameters
         ----------
         q: (rows, q_heads, head_dim) on the device.
+        page_lse: gets the log-sum-exp of the tables' pages with `result`; on the device.
 
         Raises
         ------
         TransferError: the threads take no more work: what they did before overran its deadline.
         """
         rows, heads, head_dim = q.shape
-        buffer = self._buffer(rows * heads, head_dim)
+        num_pages = 0 if page_lse is None else tables.max_pages
+        buffer = self._buffer(rows * heads, head_dim, num_pages)
         self._value = (self._value + 1) % 2**32
         ready, done = (self._words.address + i * WORD_BYTES for i in range(2))
         num_items = rows * heads * head_dim
         shape = (rows, heads, head_dim)
         host_q = buffer.q[:num_items].view(shape)
+        found = None if page_lse is None else _pages_of(buffer.page_lse, shape, num_pages)
         try:
             ticket = self._attention.submit(
                 tables, layer, host_q,
                 buffer.out[:num_items].view(shape), buffer.lse[: rows * heads].view(rows, heads),
                 ready=Flag(ready, self._value), done=Flag(done, self._value),
-                scale=scale, window=window,
+                scale=scale, window=window, page_lse=found,
             )  # fmt: skip
         except RuntimeError as error:
             raise TransferError(f"the CPU cannot attend: {error}") from error
-        job = Job(ticket, self._value, buffer, shape)
+        job = Job(ticket, self._value, buffer, shape, tables, page_lse)
         buffer.job = job
         self._jobs.append(job)
         try:
@@ -124,6 +143,8 @@ class HandOver:
         Ordering: they are valid for what is enqueued before NUM_BUFFERS more jobs begin.
         """
         self._device.wait_word(self._words.address + WORD_BYTES, job.value)
+        if job.page_lse is not None:
+            self._place(job, job.page_lse)
         rows, heads, head_dim = job.shape
         out = job.buffer.device_out[: rows * heads * head_dim].view(job.shape)
         return out, job.buffer.device_lse[: rows * heads].view(rows, heads)
@@ -137,6 +158,7 @@ class HandOver:
         """
         outcomes = [self._wait(job) for job in self._jobs]
         self._jobs.clear()
+        self._places = None
         self._used = self._device.compute_stream().record()
         for outcome in outcomes:
             if outcome.status is AttentionStatus.FAILED:
@@ -172,14 +194,27 @@ class HandOver:
             self._attention.forget(job.ticket)
         return outcome
 
-    def _buffer(self, num_rows: int, head_dim: int) -> _Buffer:
-        """One that no job uses, for `num_rows` rows of one head."""
+    def _place(self, job: Job, page_lse: PageLse) -> None:
+        """Enqueue the way of the pages' log-sum-exp to their places; of all tables of a step alike."""
+        tables = job.tables
+        if self._places is None or self._places[0] is not tables:
+            places = PagePlaces.of(
+                tables.row_starts, tables.num_pages, tables.starts, self._pool.layout.page_tokens
+            )
+            self._places = tables, places.on(page_lse.values.device)
+        found = _pages_of(job.buffer.device_page_lse, job.shape, tables.max_pages)
+        page_lse.place(found.clone(), self._places[1])  # read in order: it lies across the link
+
+    def _buffer(self, num_rows: int, head_dim: int, num_pages: int) -> _Buffer:
+        """One that no job uses, for `num_rows` rows of one head and the log-sum-exp of so many pages of each."""
         if self._used is not None:
             self._used.wait()  # what the stream still reads may be written by a job that fails
             self._used = None
-        wanted = (num_rows * head_dim, num_rows)
+        wanted = (num_rows * head_dim, num_rows, num_rows * num_pages)
         if any(want > have for want, have in zip(wanted, self._items, strict=True)):
-            self._grow(wanted)
+            # What is for pages grows with every page, so that it is doubled.
+            pages = max(wanted[2], self._items[2])
+            self._grow((*wanted[:2], 1 << (pages - 1).bit_length() if pages else 0))
         buffer = self._buffers.pop(0)
         self._buffers.append(buffer)
         while buffer.job is not None:
@@ -189,7 +224,7 @@ class HandOver:
                 time.sleep(NAP_S)
         return buffer
 
-    def _grow(self, wanted: tuple[int, int]) -> None:
+    def _grow(self, wanted: tuple[int, int, int]) -> None:
         """Larger buffers, once nothing uses the ones there are."""
         for job in self._jobs:
             while self._attention.poll(job.ticket).status is AttentionStatus.PENDING:
@@ -198,14 +233,14 @@ class HandOver:
         for buffer in self._buffers:
             buffer.memory.free()
         # What was freed is forgotten before anything is allocated, which may fail.
-        self._buffers, self._items = [], (0, 0)
+        self._buffers, self._items = [], (0, 0, 0)
         for _ in range(NUM_BUFFERS):
             self._buffers.append(self._new_buffer(*wanted))
         self._items = wanted
 
-    def _new_buffer(self, items: int, rows: int) -> _Buffer:
+    def _new_buffer(self, items: int, rows: int, pages: int) -> _Buffer:
         dtype = TORCH_DTYPES[self._pool.layout.dtype]
-        sizes = [items * dtype.itemsize, items * 4, rows * 4]
+        sizes = [items * dtype.itemsize, items * 4, rows * 4, pages * 4]
         padded = [-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in sizes]
         memory = self._device.allocate_host(sum(padded))
         host = [part[:size] for part, size in zip(memory.tensor.split(padded), sizes, strict=True)]
@@ -213,8 +248,12 @@ class HandOver:
         return _Buffer(
             memory,
             host[0].view(dtype),
-            host[1].view(torch.float32),
-            host[2].view(torch.float32),
-            shown[1][: sizes[1]].view(torch.float32),
-            shown[2][: sizes[2]].view(torch.float32),
+            *(part.view(torch.float32) for part in host[1:]),
+            *(shown[i][: sizes[i]].view(torch.float32) for i in range(1, len(sizes))),
         )
+
+
+def _pages_of(flat: torch.Tensor, shape: tuple[int, int, int], num_pages: int) -> torch.Tensor:
+    """The part of a buffer that a job of this shape uses: (rows, heads, num_pages)."""
+    rows, heads, _ = shape
+    return flat[: rows * heads * num_pages].view(rows, heads, num_pages)

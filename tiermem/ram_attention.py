@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tiermem.attention.host import HostBackend
+from tiermem.attention.page_lse import PageLse
 from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView
 from tiermem.layout import PageLayout
 from tiermem.pools import SlotPool, Slots, Tier
@@ -59,13 +60,20 @@ class RamAttention(Protocol):
         """What `begin` takes, of tables on the host."""
 
     def begin(
-        self, layer: int, q: torch.Tensor, tables: Any, scale: float, window: int | None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        tables: Any,
+        scale: float,
+        window: int | None,
+        page_lse: PageLse | None = None,
     ) -> Any:
         """Start attending, on the compute stream's terms; `result` takes what this returns.
 
         Parameters
         ----------
         q: (new tokens, q_heads, head_dim), on the device.
+        page_lse: gets the log-sum-exp of the tables' pages by the time of `result`; on the device.
 
         Raises
         ------
@@ -105,13 +113,19 @@ class DirectAttention:
         return tables
 
     def begin(
-        self, layer: int, q: torch.Tensor, tables: PagedTables, scale: float, window: int | None
+        self,
+        layer: int,
+        q: torch.Tensor,
+        tables: PagedTables,
+        scale: float,
+        window: int | None,
+        page_lse: PageLse | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend now."""
         start_s = time.perf_counter()
         result = self._backend.attend(
             self._pool, layer, q, tables,
-            scale=scale, window=window, out_dtype=torch.float32,
+            scale=scale, window=window, out_dtype=torch.float32, page_lse=page_lse,
         )  # fmt: skip
         self._seconds += time.perf_counter() - start_s
         self._bytes += int(tables.num_pages.sum()) * self._pool.layout.layer_bytes

@@ -11,6 +11,7 @@ import torch
 
 from tiermem import trace
 from tiermem.attention.arguments import check_attend
+from tiermem.attention.page_lse import PageLse
 from tiermem.attention.partial_sums import PartialSums
 from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks, ram_places, ram_tables
 from tiermem.core import Core
@@ -191,22 +192,39 @@ class Step:
         TypeError, ValueError: a wrong shape, dtype or device, a scale or window out of range.
         TierMemError: not this layer's turn. CorruptPageError: a streamed page was found damaged.
         """
-        self._running_plan()
-        if layer != self._next_layer - 1:
-            raise TierMemError(
-                f"attend of layer {layer}: must follow append of that layer; the last one appended "
-                f"is {self._next_layer - 1 if self._next_layer else 'none'}"
-            )
-        _require_tensor("q", q)
-        if scale is None:
-            scale = self._core.layout.head_dim**-0.5
-        if not self._chunks and self._ram_tables is None:
-            out, _ = self._core.backend.attend(
-                self._core.hot, layer, q, self._tables,
-                scale=scale, window=window, out_dtype=q.dtype,
-            )  # fmt: skip
-            return out
-        return self._attend_in_parts(layer, q, scale, window)
+        self._check_turn(layer, q)
+        return self._attend(layer, q, scale, window, None)[0]
+
+    @trace.traced("attend")
+    def attend_with_mass(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `attend`, and the mass of each page: the sum of the softmax's weights of its tokens.
+
+        Returns
+        -------
+        The output, and the mass (new tokens, q_heads, pages) float32 on the manager's device: of each page by its
+        number in the token's sequence, in whichever tier it is; 0 past the sequence's last one. `pages` is of the
+        longest sequence; where a CUDA graph is captured, what its tables have room for. A row's sum up to 1.
+
+        Raises: as `attend`. It takes 4 bytes for each number, and up to 8 times that for a while.
+        """
+        plan = self._check_turn(layer, q)
+        core, tables = self._core, self._tables
+        check_attend(core.hot, q, tables, window)
+        num_pages = max(len(share.pages) for share in plan.shares)
+        room = max(num_pages, tables.max_pages)
+        page_lse = core.backend.new_page_lse(core.hot, q.shape[0], q.shape[1], room)
+        out, lse = self._attend(layer, q, scale, window, page_lse)
+        mass = core.backend.page_mass(page_lse, lse)
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            return out, mass  # when it is replayed, the sequences are longer
+        return out, mass[..., :num_pages]
 
     # ---- replays -----------------------------------------------------------------------------------
 
@@ -231,33 +249,67 @@ class Step:
             self._resident = self._resident_pool.tables_of(plan)
             self._tables, self._token_slots = self._resident.paged, self._resident.token_slots
             return
-        upload = Upload(self._core.device.torch_device)
-        self._tables = hot_tables(self._core, plan, upload)
-        self._token_slots = hot_token_slots(self._core, plan, upload)
-        if plan.is_resident:
-            upload.send()
-            return
-        in_ram = ram_places(self._core, plan)
-        self._chunks = make_chunks(self._core, plan, in_ram, upload)
+        core = self._core
+        upload = Upload(core.device.torch_device)
+        in_ram = [] if plan.is_resident else ram_places(core, plan)
+        if not plan.is_resident:
+            self._chunks = make_chunks(core, plan, in_ram, upload)
+            self._lookahead = Lookahead(core.ring, self._chunks, core.layout.num_layers)
+            self._lookahead.advance()  # the link is at work while the rest is made
+        self._tables = hot_tables(core, plan, upload)
+        self._token_slots = hot_token_slots(core, plan, upload)
         upload.send()
-        self._lookahead = Lookahead(self._core.ring, self._chunks, self._core.layout.num_layers)
-        self._lookahead.advance()
-        tables = ram_tables(self._core, plan, in_ram)
+        if plan.is_resident:
+            return
+        tables = ram_tables(core, plan, in_ram)
         if tables is not None and self._core.ram is not None:
             self._ram_tables = self._core.ram.tables(tables)
 
+    def _check_turn(self, layer: int, q: torch.Tensor) -> Plan:
+        plan = self._running_plan()
+        if layer != self._next_layer - 1:
+            raise TierMemError(
+                f"attend of layer {layer}: must follow append of that layer; the last one appended "
+                f"is {self._next_layer - 1 if self._next_layer else 'none'}"
+            )
+        _require_tensor("q", q)
+        return plan
+
+    def _attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+        page_lse: PageLse | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and lse over all pages."""
+        if scale is None:
+            scale = self._core.layout.head_dim**-0.5
+        if self._chunks or self._ram_tables is not None:
+            return self._attend_in_parts(layer, q, scale, window, page_lse)
+        return self._core.backend.attend(
+            self._core.hot, layer, q, self._tables,
+            scale=scale, window=window, out_dtype=q.dtype, page_lse=page_lse,
+        )  # fmt: skip
+
     def _attend_in_parts(
-        self, layer: int, q: torch.Tensor, scale: float, window: int | None
-    ) -> torch.Tensor:
+        self,
+        layer: int,
+        q: torch.Tensor,
+        scale: float,
+        window: int | None,
+        page_lse: PageLse | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Partial results over hot pages, over those in RAM and over each chunk, merged by log-sum-exp."""
         backend, ram = self._core.backend, self._core.ram
         begun = None
         if ram is not None and self._ram_tables is not None:
             check_attend(self._core.hot, q, self._tables, window)
-            begun = ram.begin(layer, q, self._ram_tables, scale, window)
+            begun = ram.begin(layer, q, self._ram_tables, scale, window, page_lse)
         out, lse = backend.attend(
             self._core.hot, layer, q, self._tables,
-            scale=scale, window=window, out_dtype=torch.float32,
+            scale=scale, window=window, out_dtype=torch.float32, page_lse=page_lse,
         )  # fmt: skip
         sums = PartialSums(backend, out, lse)
         for i, chunk in enumerate(self._chunks):
@@ -265,11 +317,12 @@ class Step:
             sums.add(chunk.rows, *backend.attend(
                 self._core.ring.view, layer, q[chunk.rows], chunk.tables,
                 scale=scale, window=window, out_dtype=torch.float32,
+                page_lse=None if page_lse is None else page_lse.of_rows(chunk.rows),
             ))  # fmt: skip
             self._lookahead.end_use(i)
         if ram is not None and begun is not None:
             sums.add(slice(0, len(q)), *ram.result(begun))
-        return sums.result(q.dtype)[0]
+        return sums.result(q.dtype)
 
     def _fill(self, layer: int, i: int) -> None:
         """Bring slices to the half of chunk `i`: old bytes from their tiers, new ones from k and v."""

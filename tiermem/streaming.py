@@ -14,7 +14,7 @@ import torch
 
 from tiermem import _core
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, SlotHolds
-from tiermem.device.protocol import Device, Direction, Event, Memory, Stream
+from tiermem.device.protocol import Device, Direction, Event, Memory
 from tiermem.errors import CorruptPageError, TransferError
 from tiermem.layout import SLOT_ALIGN_BYTES, PageLayout, round_up
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier

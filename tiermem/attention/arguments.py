@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tiermem.attention.page_lse import PageLse
 from tiermem.attention.pool_view import PagedTables, PoolView
 
 
@@ -47,6 +48,44 @@ def check_attend(pool: PoolView, q: torch.Tensor, tables: PagedTables, window: i
     if window is not None and window < 1:
         raise ValueError(f"window={window}: must be at least 1, or None")
     return q.shape[1] // layout.num_kv_heads
+
+
+def check_page_lse(
+    page_lse: PageLse,
+    q: torch.Tensor,
+    tables: PagedTables,
+    parts: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Raise TypeError or ValueError unless it is of the backend's kind and has room for rows, heads and pages."""
+    values = page_lse.values
+    if values.dtype != dtype:
+        raise TypeError(f"page_lse of {values.dtype}: must be {dtype}")
+    if page_lse.parts != parts:
+        raise ValueError(f"page_lse of {page_lse.parts} parts a page: must be {parts} here")
+    wanted = (q.shape[0], page_lse.num_pages * parts, q.shape[1])
+    if values.shape != wanted or not values.is_contiguous():
+        raise ValueError(
+            f"page_lse of shape {tuple(values.shape)}: must be {wanted} and contiguous"
+        )
+    if page_lse.num_pages < tables.max_pages:
+        raise ValueError(
+            f"page_lse of {page_lse.num_pages} pages: must be at least {tables.max_pages}"
+        )
+    if values.device != q.device:
+        raise ValueError(f"page_lse on {values.device}: must be on {q.device}, as q")
+
+
+def check_mass(page_lse: PageLse, lse: torch.Tensor) -> None:
+    """Raise TypeError or ValueError unless both are of the same rows and heads, dtype and device."""
+    values = page_lse.values
+    if lse.dtype != values.dtype:
+        raise TypeError(f"lse of {lse.dtype}: must be {values.dtype}, as page_lse")
+    if lse.shape != (values.shape[0], values.shape[2]) or lse.device != values.device:
+        raise ValueError(
+            f"lse of shape {tuple(lse.shape)} on {lse.device}: page_lse is of {values.shape[0]} rows and "
+            f"{values.shape[2]} heads on {values.device}"
+        )
 
 
 def check_merge(outs: list[torch.Tensor], lses: list[torch.Tensor]) -> None:

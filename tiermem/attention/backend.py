@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from tiermem.attention.host import HostBackend
+from tiermem.attention.page_lse import PageLse
 from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView, ProductMath
 from tiermem.attention.work_list import PlannedWork
 from tiermem.layout import PageLayout
@@ -68,6 +69,7 @@ class AttentionBackend(Protocol):
         scale: float,
         window: int | None,
         out_dtype: torch.dtype,
+        page_lse: PageLse | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax attention of each query row over the stored tokens that `tables` lets it see.
 
@@ -78,6 +80,9 @@ class AttentionBackend(Protocol):
         scale: what q . k is multiplied by before the softmax.
         window: how many positions a row sees, its own included; None: all.
         out_dtype: float16, bfloat16 or float32; float32 for a partial result that will be merged.
+        page_lse: from `new_page_lse`: gets the log-sum-exp of the scores of each page that `tables` names, in
+            the place of the page's number in its sequence (its start over page_tokens). A page's scores that
+            are more than 87 below those of others may count as unseen.
 
         Returns
         -------
@@ -86,7 +91,35 @@ class AttentionBackend(Protocol):
 
         Raises
         ------
-        TypeError, ValueError: a wrong dtype, shape, stride, device, layer or window.
+        TypeError, ValueError: a wrong dtype, shape, stride, device, layer, window or page_lse.
+        """
+
+    def new_page_lse(
+        self, pool: PoolView, num_rows: int, num_heads: int, num_pages: int
+    ) -> PageLse:
+        """What `attend` takes as page_lse, for all of its calls over one layer of pools of this layout.
+
+        Parameters
+        ----------
+        num_rows, num_heads: of the queries.
+        num_pages: of the longest sequence, or more.
+        """
+
+    def page_mass(self, page_lse: PageLse, lse: torch.Tensor) -> torch.Tensor:
+        """The share of each row's softmax that each page has, over all pages that were attended.
+
+        Parameters
+        ----------
+        lse: (num_rows, q_heads), of `attend` over the pages, or of `merge`.
+
+        Returns
+        -------
+        (num_rows, q_heads, num_pages) float32: the sum of the softmax's weights of each page's tokens, 0 where
+        nothing is seen. They sum up to 1, or to 0 in a row that sees nothing.
+
+        Raises
+        ------
+        TypeError, ValueError: a wrong dtype, shape or device.
         """
 
     def merge(

@@ -9,8 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from tiermem._core import AttentionInstructions
-from tiermem.attention.arguments import check_attend, check_merge, check_store
+from tiermem.attention.arguments import (
+    check_attend,
+    check_mass,
+    check_merge,
+    check_page_lse,
+    check_store,
+)
 from tiermem.attention.in_place import InPlaceAttention
+from tiermem.attention.page_lse import PageLse, PagePlaces
 from tiermem.attention.pool_view import PagedTables, PoolView
 from tiermem.layout import PageLayout
 
@@ -65,12 +72,32 @@ class HostBackend:
         scale: float,
         window: int | None,
         out_dtype: torch.dtype,
+        page_lse: PageLse | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax attention of each query row over the stored tokens that it may see."""
         check_attend(pool, q, tables, window)
-        return self._in_place.attend(
-            pool, layer, q, tables, scale=scale, window=window, out_dtype=out_dtype
-        )
+        found = None
+        if page_lse is not None:
+            check_page_lse(page_lse, q, tables, 1)
+            found = torch.empty((*q.shape[:2], tables.max_pages), dtype=torch.float32)
+        result = self._in_place.attend(
+            pool, layer, q, tables,
+            scale=scale, window=window, out_dtype=out_dtype, page_lse=found,
+        )  # fmt: skip
+        if page_lse is not None and found is not None:
+            page_lse.place(found, PagePlaces.of_tables(tables, pool.layout.page_tokens))
+        return result
+
+    def new_page_lse(
+        self, pool: PoolView, num_rows: int, num_heads: int, num_pages: int
+    ) -> PageLse:
+        """For calls to `attend` with this pool's layout."""
+        return PageLse.empty(num_rows, num_heads, num_pages, pool.data.device)
+
+    def page_mass(self, page_lse: PageLse, lse: torch.Tensor) -> torch.Tensor:
+        """The share of each row's softmax that each page has."""
+        check_mass(page_lse, lse)
+        return page_lse.mass(lse)
 
     def merge(
         self, outs: list[torch.Tensor], lses: list[torch.Tensor], out_dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""PartialSums: attention over disjoint parts of what rows see, merged by log-sum-exp, as few times as memory allows."""
+"""PartialSums: attention over disjoint parts of what rows see, merged as few times as memory allows."""
 
 from __future__ import annotations
 

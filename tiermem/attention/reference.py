@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tiermem.attention.arguments import check_attend, check_merge, check_store
+from tiermem.attention.arguments import (
+    check_attend,
+    check_mass,
+    check_merge,
+    check_page_lse,
+    check_store,
+)
+from tiermem.attention.page_lse import PageLse
 from tiermem.attention.pool_view import PagedTables, PoolView
 from tiermem.layout import PageLayout
 
@@ -53,16 +60,19 @@ class ReferenceBackend:
         scale: float,
         window: int | None,
         out_dtype: torch.dtype,
+        page_lse: PageLse | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend each row over the tokens that it sees."""
         group = check_attend(pool, q, tables, window)
+        if page_lse is not None:
+            check_page_lse(page_lse, q, tables, 1, torch.float64)
         out = torch.zeros(q.shape, dtype=torch.float64)
         lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
         for sequence in range(tables.num_sequences):
             first, end = tables.row_starts[sequence : sequence + 2].tolist()
             for row in range(first, end):
                 position = int(tables.q_start[sequence]) + row - first
-                keys, values = _seen_tokens(pool, layer, tables, sequence, position, window)
+                keys, values, pages = _seen_tokens(pool, layer, tables, sequence, position, window)
                 if keys.shape[1] == 0:
                     continue
                 for head in range(q.shape[1]):
@@ -70,7 +80,20 @@ class ReferenceBackend:
                     lse[row, head] = torch.logsumexp(scores, 0)
                     weights = torch.softmax(scores, 0)
                     out[row, head] = weights @ values[head // group]
+                    if page_lse is not None:
+                        _leave(page_lse.values[row, :, head], scores, pages)
         return out.to(out_dtype), lse.to(_lse_dtype(out_dtype))
+
+    def new_page_lse(
+        self, pool: PoolView, num_rows: int, num_heads: int, num_pages: int
+    ) -> PageLse:
+        """In float64."""
+        return PageLse.empty(num_rows, num_heads, num_pages, pool.data.device, dtype=torch.float64)
+
+    def page_mass(self, page_lse: PageLse, lse: torch.Tensor) -> torch.Tensor:
+        """By definition; float64."""
+        check_mass(page_lse, lse)
+        return page_lse.mass(lse)
 
     def merge(
         self, outs: list[torch.Tensor], lses: list[torch.Tensor], out_dtype: torch.dtype
@@ -92,11 +115,12 @@ def _seen_tokens(
     sequence: int,
     position: int,
     window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V, each (kv_heads, tokens, head_dim) float64, that the row at `position` sees."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K and V, each (kv_heads, tokens, head_dim) float64, that the row at `position` sees, and the number of
+    each token's page, (tokens,)."""
     pages = pool.layer_pages(layer)
     page_tokens = pool.layout.page_tokens
-    seen = [pages[:0, :, :, 0]]
+    seen, numbers = [pages[:0, :, :, 0]], []
     for entry in range(int(tables.num_pages[sequence])):
         slot = int(tables.block_table[sequence, entry])
         starts = tables.page_starts
@@ -106,8 +130,15 @@ def _seen_tokens(
             there = token < int(tables.kv_end[sequence]) and token <= position
             if there and (window is None or token > position - window):
                 seen.append(pages[slot : slot + 1, :, :, offset])
+                numbers.append(start // page_tokens)
     both = torch.cat(seen).double()
-    return both[:, 0].transpose(0, 1), both[:, 1].transpose(0, 1)
+    return both[:, 0].transpose(0, 1), both[:, 1].transpose(0, 1), torch.tensor(numbers)
+
+
+def _leave(page_lse: torch.Tensor, scores: torch.Tensor, pages: torch.Tensor) -> None:
+    """Put the log-sum-exp of each page's scores in its place."""
+    for page in pages.unique():
+        page_lse[page] = torch.logsumexp(scores[pages == page], 0)
 
 
 def _lse_dtype(out_dtype: torch.dtype) -> torch.dtype:

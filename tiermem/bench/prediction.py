@@ -16,13 +16,13 @@ from tiermem.bench.step_rates import ON_CPU, ON_GPU, measure_steps
 from tiermem.config import TierConfig, profile_for_device
 from tiermem.device.host import host_total_bytes
 from tiermem.errors import InvariantError
-from tiermem.forecast import Forecast, Hardware, Request, predict
+from tiermem.forecast import Hardware, Request, predict
 from tiermem.forecast.hardware import complete
-from tiermem.forecast.speed import FUSED, Mode
+from tiermem.forecast.speed import FUSED, Mode, StepTime
 from tiermem.graphs import CapturedDecode
 from tiermem.layout import PageLayout
 from tiermem.manager import TierManager
-from tiermem.measure.machine_rates import ceiling_rates
+from tiermem.measure.machine_rates import ceiling_rates, ram_attention_rates
 from tiermem.model_shape import ModelShape, TierSizes
 from tiermem.rates import Rates
 from tiermem.sequence import Sequence
@@ -49,7 +49,10 @@ Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is decoded: with a hot tier of `hot_pages` and, below it, `warm_pages`."""
+    """What is decoded: with a hot tier of `hot_pages` and, below it, `warm_pages`.
+
+    Of these the CPU attends what is predicted to end soonest where the mode says so, else nothing beside a GPU.
+    """
 
     mode: Mode
     hot_pages: int
@@ -60,7 +63,8 @@ def run(bench: Run) -> Iterator[Result]:
     """Every row of the benchmark.
 
     A model with random weights decodes with everything resident, as a replayed CUDA graph and launched one by
-    one, and with a hot tier that holds a quarter of its context. Rates are measured in the same run.
+    one, and with a hot tier that holds a quarter of its context: the rest is streamed, and then attended by the CPU
+    too, where there is a GPU beside it. Rates are measured in the same run.
 
     Raises
     ------
@@ -81,16 +85,18 @@ def run(bench: Run) -> Iterator[Result]:
         chosen: list[torch.Tensor] = []
         for case in _cases(pages, bench.on_gpu):
             bench.progress(f"prediction: {case.mode.value}")
-            seconds, ids = _measure(bench, decoder, layout, case, context)
+            step = _predict(case, shape, layout, context, hardware)
+            config = _config(bench, case, layout, step)
+            seconds, ids = _measure(bench, decoder, layout, config, case.mode, context)
             chosen.append(ids)
-            found = _predict(case, shape, layout, context, hardware)
-            yield from _results(bench, case, shape, context, seconds, found)
+            yield from _results(bench, shape, context, seconds, step)
     _check(chosen)
 
 
 def _cases(pages: int, on_gpu: bool) -> list[Case]:
-    captured = [Case(Mode.RESIDENT, pages, 0)] if on_gpu else []
-    return [*captured, Case(Mode.EAGER, pages, 0), Case(Mode.FIXED, pages // HOT_SHARE, pages)]
+    few = pages // HOT_SHARE
+    both = [Case(Mode.EAGER, pages, 0), Case(Mode.FIXED, few, pages)]
+    return [Case(Mode.RESIDENT, pages, 0), *both, Case(Mode.SHARED, few, pages)] if on_gpu else both
 
 
 def _hardware(bench: Run) -> Hardware:
@@ -103,7 +109,10 @@ def _hardware(bench: Run) -> Hardware:
     if quick:
         reference = reference.reduced(QUICK_REDUCTION)
     steps = measure_steps(reference, str(bench.device.torch_device))
-    rates: Rates = steps.over(ceiling_rates(bench.ceilings, bench.device)).over(profile.rates)
+    rates: Rates = steps.over(ceiling_rates(bench.ceilings, bench.device))
+    if bench.on_gpu:
+        rates = rates.over(ram_attention_rates(bench.ceilings, bench.device))
+    rates = rates.over(profile.rates)
     return Hardware(
         profile=profile.profile,
         gpu=name or "",
@@ -118,30 +127,36 @@ def _hardware(bench: Run) -> Hardware:
 
 def _predict(
     case: Case, shape: ModelShape, layout: PageLayout, context: int, hardware: Hardware
-) -> Forecast:
+) -> StepTime:
     slot = layout.slot_bytes
-    return predict(
+    found = predict(
         Request(
             shape, context, program=FUSED,
             gpu=case.hot_pages * slot, ram=case.warm_pages * slot, ssd=0,
         ),
         hardware,
     )  # fmt: skip
+    return next(step for step in found.modes if step.mode is case.mode)
+
+
+def _config(bench: Run, case: Case, layout: PageLayout, step: StepTime) -> TierConfig:
+    """The tiers of a case, and the CPU's share of what is in RAM: as predicted beside a GPU, all without one."""
+    slot = layout.slot_bytes
+    share = 0.0 if step.shared is None else step.shared.share
+    return TierConfig(
+        gpu=case.hot_pages * slot, ram=case.warm_pages * slot, ssd=0,
+        device=str(bench.device.torch_device), cpu_share=share if bench.on_gpu else None,
+    )  # fmt: skip
 
 
 def _measure(
-    bench: Run, decoder: Decoder, layout: PageLayout, case: Case, context: int
+    bench: Run, decoder: Decoder, layout: PageLayout, config: TierConfig, mode: Mode, context: int
 ) -> tuple[list[float], torch.Tensor]:
     """Seconds of each token, and the ids (tokens,) that were chosen."""
-    slot = layout.slot_bytes
-    config = TierConfig(
-        gpu=case.hot_pages * slot, ram=case.warm_pages * slot, ssd=0,
-        device=str(bench.device.torch_device),
-    )  # fmt: skip
     count = QUICK_TOKENS if bench.scale is Scale.QUICK else TOKENS
     with TierManager(layout, config, "bench") as manager:
         sequence = _filled(manager, context)
-        decode = _decode_with(manager, sequence, decoder, case.mode)
+        decode = _decode_with(manager, sequence, decoder, mode)
         ids = torch.zeros(1, dtype=torch.int64, device=manager.torch_device)
         times, chosen = [], []
         for i in range(count + SKIPPED_TOKENS):
@@ -190,13 +205,13 @@ def _append_random(step: Step, layout: PageLayout, count: int, make: torch.Gener
 
 
 def _results(
-    bench: Run, case: Case, shape: ModelShape, context: int, seconds: list[float], found: Forecast
+    bench: Run, shape: ModelShape, context: int, seconds: list[float], step: StepTime
 ) -> Iterator[Result]:
-    step = next(step for step in found.modes if step.mode is case.mode)
-    parameters: Parameters = {"model": shape.name, "context": context, "mode": case.mode.value}
+    parameters: Parameters = {"model": shape.name, "context": context, "mode": step.mode.value}
     rates = [1 / each for each in seconds]
     predicted = Ceiling("predicted", step.tokens_per_s)
-    yield measured(Subject(NAME, "decode", parameters, "tokens/s"), rates, predicted)
+    note = "" if step.shared is None else f"CPU share {step.shared.share:.3f}"
+    yield measured(Subject(NAME, "decode", parameters, "tokens/s", note=note), rates, predicted)
     errors = [100 * abs(step.tokens_per_s / rate - 1) for rate in rates]
     budget = bench.aim(ERROR_BUDGET)
     subject = Subject(NAME, "error", parameters, "%", Better.LOWER, budget=budget)

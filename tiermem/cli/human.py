@@ -44,7 +44,9 @@ def flops_text(flops: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """A short time with three digits."""
+    """A time with three digits, in the unit that suits from microseconds to seconds."""
+    if seconds >= 0.9995:
+        return f"{_three_digits(seconds)} s"
     return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
 
 

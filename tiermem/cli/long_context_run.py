@@ -258,7 +258,8 @@ def _why_not(shape: ModelShape, settings: Settings, device: Device) -> str | Non
     layout = layout_of(shape, shape.dtype, settings.page_tokens)
     check_room(settings, layout, all_tokens(settings))
     on_gpu = device.kind is DeviceKind.CUDA
-    hot = max(settings.gpu_bytes) + staging_bytes(settings, layout)
+    hot = max(settings.gpu_bytes)
+    hot += staging_bytes(settings, layout, hot)
     free = device.memory_info().free_bytes if on_gpu else host_free_bytes()
     needed = shape.weight_bytes + hot + (RESERVE_BYTES if on_gpu else 0)
     if needed > free or shape.weight_bytes > MOST_WEIGHTS * free:

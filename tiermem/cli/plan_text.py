@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from tiermem.cli.human import NOTHING, count_text, duration_text, rate_text, time_text
 from tiermem.cli.table import Align, Table, pairs, printable
 from tiermem.forecast.answer import Forecast
-from tiermem.forecast.speed import SMALL_WORK, Limit, Mode, StepTime
+from tiermem.forecast.speed import SMALL_WORK, Limit, Mode, Shared, StepTime
 from tiermem.forecast.weights import BITS, bytes_read, num_parameters
 from tiermem.model_shape import ModelShape
 
@@ -19,6 +19,8 @@ LIMITS = {
     Limit.COMPUTE: "matrix products",
     Limit.LAUNCH: "launching kernels",
     Limit.LINK: "the link to the GPU",
+    Limit.CPU: "attention on the CPU",
+    Limit.LINK_AND_CPU: "the link and the CPU, which end at once",
     Limit.DISK: "the disk",
     Limit.CAPACITY: "capacity: it does not fit",
 }
@@ -142,7 +144,7 @@ def _tiers(found: Forecast) -> Table:
 
 
 def _modes(found: Forecast) -> Table:
-    titles = ("mode", "tokens/s", "step", "GPU", "link", "disk", "host", "limited by")
+    titles = ("mode", "tokens/s", "step", "GPU", "link", "CPU", "disk", "host", "limited by")
     rows = tuple(
         (
             step.mode.value,
@@ -150,13 +152,14 @@ def _modes(found: Forecast) -> Table:
             time_text(step.total_s),
             time_text(step.gpu_s),
             time_text(step.link_s) if step.link_s else NOTHING,
+            time_text(step.cpu_s) if step.cpu_s else NOTHING,
             time_text(step.disk_s) if step.disk_s else NOTHING,
             time_text(step.step_s + step.host_s),
             LIMITS[step.limit],
         )
         for step in found.modes
     )
-    return Table(titles, rows, (Align.LEFT, *[Align.RIGHT] * 6, Align.LEFT))
+    return Table(titles, rows, (Align.LEFT, *[Align.RIGHT] * 7, Align.LEFT))
 
 
 def _sums(found: Forecast) -> Iterator[str]:
@@ -170,8 +173,9 @@ def _sums(found: Forecast) -> Iterator[str]:
         f"{time_text(step.weights_s)} and of the products at {rates['matmul'] / 1e12:.3g} TFLOP/s = "
         f"{time_text(step.compute_s)}"
     )
+    attended = 0.0 if step.shared is None else step.shared.attended_bytes
     yield (
-        f"  attention: {gb_text(step.work.kv_bytes)} of K and V at {_rate(rates['decode_read'])} + "
+        f"  attention: {gb_text(step.work.kv_bytes - attended)} of K and V at {_rate(rates['decode_read'])} + "
         f"{shape.num_layers} layers x {time_text(rates['attend_s'])} = {time_text(step.attention_s)}"
     )
     program = step.work.program
@@ -186,7 +190,9 @@ def _sums(found: Forecast) -> Iterator[str]:
 
 def _other_sums(step: StepTime, rates: dict[str, float], num_layers: int) -> Iterator[str]:
     meanwhile = "meanwhile" if step.beside else "besides"
-    if step.link_s:
+    if step.shared is not None and step.shared.attended_bytes:
+        yield from _split_sums(step, step.shared, num_layers)
+    elif step.link_s:
         yield (
             f"  link, {meanwhile}: {gb_text(step.work.streamed_bytes)} that are not resident at "
             f"{_rate(rates['link_to_device'])} = {time_text(step.link_s)}"
@@ -202,6 +208,26 @@ def _other_sums(step: StepTime, rates: dict[str, float], num_layers: int) -> Ite
             f"{step.work.program.launches} launches x {time_text(rates['launch_s'])}) = {time_text(step.host_s)}"
         )
     yield f"  host, before: to plan and end a step, {time_text(rates['step_s'])}"
+
+
+def _split_sums(step: StepTime, shared: Shared, num_layers: int) -> Iterator[str]:
+    """How what is in RAM is split, and what both parts take."""
+    rates, work = shared.rates, step.work
+    waiting_s = shared.before_s - shared.hand_over_s
+    cold = f", Y = {gb_text(work.cold_bytes)} on the SSD" if work.cold_bytes else ""
+    by_link = "(X + Y)" if work.cold_bytes else "X"
+    yield (
+        f"  split of X = {gb_text(work.ram_bytes)} in RAM alone{cold}: both end at once where the CPU attends f = "
+        f"({by_link} / B_link - T_gpu - L T_h) / (X / B_link + X / B_cpu) = {shared.share:.3f} of X, 0 to 1, "
+        f"beside each other with B_link {_rate(rates.link)} and B_cpu {_rate(rates.cpu)}; "
+        f"T_gpu {time_text(waiting_s)}, L T_h {num_layers} x {time_text(shared.hand_over_s / num_layers)}"
+    )
+    streamed = work.streamed_bytes - shared.attended_bytes
+    yield f"  link, meanwhile: {gb_text(streamed)} at {_rate(rates.link)} = {time_text(step.link_s)}"
+    yield (
+        f"  CPU, meanwhile: {time_text(shared.before_s)} without queries + {gb_text(shared.attended_bytes)} at "
+        f"{_rate(rates.cpu)} = {time_text(step.cpu_s)}"
+    )
 
 
 def _gaps(step: StepTime) -> str:

@@ -42,7 +42,9 @@ def hardware_here(ssd_path: Path | None) -> Hardware:
     disk = found.calibration.disk_at(ssd_path or private_base())
     measured = Rates() if disk is None else Rates(disk_read=disk.read, disk_write=disk.write)
     rates = measured.over(found.calibration.rates).over(known.rates)
-    return replace(hardware, rates=complete(rates), origin=_origin(found.calibration))
+    estimated = known.estimated - frozenset(measured.over(found.calibration.rates).to_table())
+    origin = _origin(found.calibration)
+    return replace(hardware, rates=complete(rates), origin=origin, estimated=estimated)
 
 
 def _origin(made: Calibration) -> str:

@@ -187,8 +187,7 @@ class CudaDevice:
 
     def compute_stream(self) -> Stream:
         self.check_open()
-        handle = torch.cuda.current_stream(self.torch_device).cuda_stream
-        return CudaStream(self, handle or cuda.LEGACY_STREAM)
+        return CudaStream(self, self._compute_handle() or cuda.LEGACY_STREAM)
 
     def copy(
         self,
@@ -208,15 +207,13 @@ class CudaDevice:
 
     def write_word(self, address: int, value: int) -> None:
         self.check_open()
-        stream = torch.cuda.current_stream(self.torch_device).cuda_stream
         with self.current():
-            cuda.write_word(stream, address, value)
+            cuda.write_word(self._compute_handle(), address, value)
 
     def wait_word(self, address: int, value: int) -> None:
         self.check_open()
-        stream = torch.cuda.current_stream(self.torch_device).cuda_stream
         with self.current():
-            cuda.wait_word(stream, address, value)
+            cuda.wait_word(self._compute_handle(), address, value)
 
     def view(self, memory: Memory) -> torch.Tensor:
         self.check_open()
@@ -313,6 +310,10 @@ class CudaDevice:
                 f"cannot allocate {num_bytes} bytes of hot memory on {self.torch_device}: "
                 f"{info.free_bytes} of {info.total_bytes} bytes are free ({error})"
             ) from error
+
+    def _compute_handle(self) -> int:
+        """The stream that is torch's current one: by what its public call takes 4 µs to wrap."""
+        return int(torch._C._cuda_getCurrentRawStream(self._info.index))
 
     def _free(self, memory: CudaMemory) -> None:
         with self.current():

@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass
 
 from tiermem.config import TierConfig
 from tiermem.errors import ConfigError
-from tiermem.forecast.budget import COLD, HOT, NOWHERE, Budget, make_budget
+from tiermem.forecast.budget import (
+    COLD,
+    HOT,
+    NOWHERE,
+    RESERVE_BYTES,
+    Budget,
+    make_budget,
+    reserve_bytes,
+)
 from tiermem.forecast.hardware import Hardware
 from tiermem.forecast.speed import (
     TRANSFORMERS,
@@ -17,6 +25,7 @@ from tiermem.forecast.speed import (
     StepTime,
     Work,
     prefill_time,
+    shared_time,
     step_time,
 )
 from tiermem.forecast.weights import (
@@ -163,6 +172,7 @@ class Forecast:
                 "ssd_bytes": self.hardware.ssd_bytes,
                 "rates_from": self.hardware.origin,
                 "rates": self.hardware.rates.to_table(),
+                "estimated_rates": sorted(self.hardware.estimated),
             },
         }
 
@@ -183,9 +193,11 @@ def predict(request: Request, hardware: Hardware) -> Forecast:
     shape, bits = request.shape, BITS[request.weights]
     budget = make_budget(
         hardware, config, layout, bytes_at(shape, bits), request.batch, request.context,
-        frozenset(request.sizes),
+        frozenset(request.sizes), reserve_bytes(shape) if hardware.gpu_bytes else RESERVE_BYTES,
     )  # fmt: skip
-    steps = _steps(request, hardware, budget) if budget.fits else ()
+    steps = _steps(request, hardware, budget, layout.dtype) if budget.fits else ()
+    if any(step.mode is Mode.SHARED for step in steps) and hardware.estimated:
+        notes.append("the CPU's attention, alone and beside the link, is an estimate there")
     work = _work(request, budget)
     q_width = shape.num_heads * shape.head_dim
     return Forecast(
@@ -242,7 +254,9 @@ def _work(request: Request, budget: Budget, streamed: int = 0, cold: int = 0) ->
     )
 
 
-def _steps(request: Request, hardware: Hardware, budget: Budget) -> tuple[StepTime, ...]:
+def _steps(
+    request: Request, hardware: Hardware, budget: Budget, dtype: str
+) -> tuple[StepTime, ...]:
     assert budget.kv_tier != NOWHERE
     rates = hardware.rates
     device = Device.GPU if hardware.gpu_bytes else Device.HOST
@@ -252,13 +266,17 @@ def _steps(request: Request, hardware: Hardware, budget: Budget) -> tuple[StepTi
         work = _work(request, budget)
         modes = [Mode.RESIDENT, Mode.EAGER] if device is Device.GPU else [Mode.EAGER]
         return tuple(step_time(mode, work, rates, device) for mode in modes)
-    return (
-        step_time(Mode.FIXED, _work(request, budget, streamed, cold), rates, device),
-        step_time(Mode.LRU, _work(request, budget, budget.kv_bytes, cold), rates, device),
-    )
+    work = _work(request, budget, streamed, cold)
+    ours = [step_time(Mode.FIXED, work, rates, device)]
+    split = rates.split(dtype)
+    if device is Device.GPU and split is not None and work.ram_bytes:
+        ours.append(shared_time(work, rates, split))
+    lru = step_time(Mode.LRU, _work(request, budget, budget.kv_bytes, cold), rates, device)
+    return (*sorted(ours, key=lambda step: step.total_s), lru)
 
 
 def _mode_table(step: StepTime) -> dict[str, object]:
+    shared = step.shared
     return {
         "mode": step.mode.value,
         "tokens_per_s": step.tokens_per_s,
@@ -273,6 +291,10 @@ def _mode_table(step: StepTime) -> dict[str, object]:
         "host_s": step.host_s,
         "link_s": step.link_s,
         "disk_s": step.disk_s,
+        "cpu_s": step.cpu_s,
+        "hand_over_s": 0.0 if shared is None else shared.hand_over_s,
+        "cpu_share": 0.0 if shared is None else shared.share,
+        "attended_bytes": 0 if shared is None else round(shared.attended_bytes),
         "streamed_bytes": step.work.streamed_bytes,
         "cold_bytes": step.work.cold_bytes,
     }

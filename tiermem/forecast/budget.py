@@ -7,11 +7,18 @@ from dataclasses import dataclass, replace
 
 from tiermem.config import TierConfig
 from tiermem.forecast.hardware import Hardware
-from tiermem.layout import PageLayout
+from tiermem.layout import ITEM_BYTES, PageLayout
+from tiermem.model_shape import ModelShape
 from tiermem.units import Size, SizeKind
 
 RESERVE_BYTES = 1 << 30
-"""Device memory that is neither weights nor K and V: the CUDA context, work space of products, activations."""
+"""Device memory that is neither weights nor K and V: the CUDA context, work space, activations. At least."""
+CONTEXT_BYTES = 552_402_944
+"""What the driver takes of an H200 for a context, which a GPU that reports 150,109,880,320 bytes does not have."""
+WORK_BYTES = (192 + 64) << 20
+"""Staging of copies, and what libraries of matrix products work with."""
+CHUNK_TOKENS = 2048
+"""Tokens of a prompt that go through the model at a time."""
 HOST_SHARE = 0.9
 """Of the host's memory, what is free on a machine that runs nothing else."""
 HOT, WARM, COLD = "gpu", "ram", "ssd"
@@ -76,6 +83,22 @@ class Budget:
         return [tier.name for tier in self.tiers if tier.kv_bytes][-1]
 
 
+def reserve_bytes(shape: ModelShape) -> int:
+    """Device memory that a model of `shape` needs beside weights, K and V, and their staging.
+
+    Activations are those of a chunk's rows: the residual stream and what is computed from it, q, what attention
+    gives, and twice more in float32 while partial results are merged; gate, up and their product; and one row of
+    logits in float32.
+    """
+    heads = shape.num_heads * shape.head_dim
+    row = ITEM_BYTES[shape.dtype] * (
+        4 * shape.hidden_size + 2 * heads + 3 * shape.intermediate_size
+    )
+    merged = 2 * ITEM_BYTES["float32"] * heads
+    activations = CHUNK_TOKENS * (row + merged) + ITEM_BYTES["float32"] * shape.vocab_size
+    return max(RESERVE_BYTES, CONTEXT_BYTES + WORK_BYTES + activations)
+
+
 def make_budget(
     hardware: Hardware,
     config: TierConfig,
@@ -84,17 +107,19 @@ def make_budget(
     batch: int,
     context: int,
     given: frozenset[str],
+    reserve: int = RESERVE_BYTES,
 ) -> Budget:
     """Split the memory of `hardware` for `batch` sequences of `context` tokens each.
 
     Parameters
     ----------
     config: sizes of the tiers. given: those of "gpu", "ram", "ssd" that were asked for; others are made to fit.
+    reserve: bytes that are kept for neither weights nor K and V.
     """
     on_gpu = hardware.gpu_bytes > 0
     device_bytes = hardware.gpu_bytes if on_gpu else int(hardware.ram_bytes * HOST_SHARE)
-    staging = config.staging_pages * layout.slot_bytes
-    free = device_bytes - RESERVE_BYTES - weights_bytes
+    free = device_bytes - reserve - weights_bytes
+    staging = config.ring_bytes(layout, config.gpu.resolve(max(free, 0)))
     least = staging + batch * layout.slot_bytes
     weights_fit = free >= least
     hot, note = _hot(config, free - staging if weights_fit else 0, given)
@@ -110,7 +135,7 @@ def make_budget(
     weights_tier = HOT if weights_fit and on_gpu else _weights_tier(hardware, weights_bytes)
     budget = Budget(
         gpu_bytes=device_bytes,
-        reserve_bytes=RESERVE_BYTES,
+        reserve_bytes=reserve,
         staging_bytes=staging,
         weights_bytes=weights_bytes,
         weights_fit=weights_fit,

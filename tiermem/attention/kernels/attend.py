@@ -74,9 +74,49 @@ def _fold(queries, k, v, peak, total, weighted, seen, scale_log2, MASKED: tl.con
         anchor = tl.where(new_peak == -float("inf"), 0.0, new_peak)
     weights = tl.exp2(scores * scale_log2 - anchor[:, None])
     decay = tl.exp2(peak - anchor)
-    total = total * decay + tl.sum(weights, 1)
+    tile_total = tl.sum(weights, 1)
+    total = total * decay + tile_total
     weighted = tl.dot(weights.to(v.dtype), v, weighted * decay[:, None], input_precision="ieee")
-    return new_peak, total, weighted
+    return new_peak, total, weighted, anchor, weights, tile_total
+
+
+@triton.jit
+def _store_page_lse(
+    page_lse_ptrs,
+    mine,
+    anchor,
+    weights,
+    tile_total,
+    tile,
+    starts_ptr,
+    num_pages,
+    HEADS: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    PART_TOKENS: tl.constexpr,
+):
+    """Leave the log-sum-exp of a tile's part of a page, or of each of its pages, in the page's place.
+
+    Weights are relative to `anchor`, to base 2, and sum up to `tile_total`; `mine` is which items there are.
+    """
+    PAGES: tl.constexpr = BLOCK_N // PAGE_TOKENS if BLOCK_N > PAGE_TOKENS else 1
+    for page in tl.static_range(PAGES):
+        if BLOCK_N > PAGE_TOKENS:
+            entry = tile * PAGES + page
+            in_page = 0
+            in_tile = tl.arange(0, BLOCK_N) // PAGE_TOKENS == page
+            page_total = tl.sum(tl.where(in_tile[None, :], weights, 0.0), 1)
+        else:
+            entry = tile * BLOCK_N // PAGE_TOKENS
+            in_page = tile * BLOCK_N % PAGE_TOKENS
+            page_total = tile_total
+        start = entry * PAGE_TOKENS
+        if HAS_STARTS:
+            start = tl.load(starts_ptr + entry, mask=entry < num_pages, other=0)
+        part = (start + in_page) // PART_TOKENS
+        page_lse = (anchor + tl.log2(page_total)) * _LN_2
+        tl.store(page_lse_ptrs + part * HEADS, page_lse, mask=mine & (entry < num_pages))
 
 
 @triton.jit
@@ -99,7 +139,10 @@ def _sweep(
     seen_end,
     window,
     scale_log2,
+    page_lse_ptrs,
+    mine,
     KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
@@ -108,6 +151,7 @@ def _sweep(
     HAS_STARTS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     WIDEN: tl.constexpr,
+    PART_TOKENS: tl.constexpr,
     MASKED: tl.constexpr,
     DESCRIBED: tl.constexpr,
 ):
@@ -150,9 +194,14 @@ def _sweep(
         seen = there[None, :] & (tokens[None, :] <= positions[:, None])
         if HAS_WINDOW:
             seen = seen & (tokens[None, :] > positions[:, None] - window)
-        peak, total, weighted = _fold(
+        peak, total, weighted, anchor, weights, tile_total = _fold(
             queries, k, v, peak, total, weighted, seen, scale_log2, MASKED
         )
+        if PART_TOKENS > 0:
+            _store_page_lse(
+                page_lse_ptrs, mine, anchor, weights, tile_total, tile, starts_ptr, num_pages,
+                HEADS, PAGE_TOKENS, BLOCK_N, HAS_STARTS, PART_TOKENS,
+            )  # fmt: skip
     return peak, total, weighted
 
 
@@ -223,6 +272,7 @@ def attend_pages(  # noqa: PLR0915 - a kernel keeps its state in local variables
     part_ptr,
     part_lse_ptr,
     layer_offset,
+    page_lse_ptr,
     kv_ptr,
     kv_desc,
     work_ptr,
@@ -243,6 +293,7 @@ def attend_pages(  # noqa: PLR0915 - a kernel keeps its state in local variables
     num_rows,
     num_splits,
     num_tiles,
+    page_lse_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -256,6 +307,7 @@ def attend_pages(  # noqa: PLR0915 - a kernel keeps its state in local variables
     HAS_WINDOW: tl.constexpr,
     WIDEN: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    PART_TOKENS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attend one tile of BLOCK_M items (row, query head of the group) over one split of what they see.
@@ -269,9 +321,13 @@ def attend_pages(  # noqa: PLR0915 - a kernel keeps its state in local variables
 
     The score is q . k * q_sign * scale_log2 * ln(2); q_sign is 1, 0 or -1, scale_log2 positive. With WIDEN
     products are of float32 operands, whatever is stored. With EARLY the merge may start before this ends.
+
+    Unless PART_TOKENS is 0, page_lse (num_rows, parts of PART_TOKENS tokens, heads) gets the log-sum-exp of
+    each page, in its first part or in as many as there are tiles to a page. Rows are page_lse_stride apart.
     """
     if EARLY:
         gdc_launch_dependents()
+    HEADS: tl.constexpr = KV_HEADS * GROUP
     program = tl.program_id(0)
     kv_head = program % KV_HEADS
     chunk_start = 0
@@ -326,6 +382,8 @@ def attend_pages(  # noqa: PLR0915 - a kernel keeps its state in local variables
     head_row = (layer_offset // HEAD_DIM).to(tl.int32) + kv_head * PAGE_TOKENS
     table_ptr = block_table_ptr + sequence.to(tl.int64) * table_stride
     starts_ptr = page_starts_ptr + sequence.to(tl.int64) * starts_stride
+    page_lse_ptrs = page_lse_ptr + q_rows * page_lse_stride + heads
+    there = rows < rows_here
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     weighted = tl.zeros([BLOCK_M, HEAD_BLOCK], tl.float32)
@@ -335,21 +393,21 @@ def attend_pages(  # noqa: PLR0915 - a kernel keeps its state in local variables
         peak, total, weighted = _sweep(
             queries, peak, total, weighted, tile_start, whole_start, head_ptr, kv_desc, head_row,
             table_ptr, starts_ptr, slot_items, num_pages, positions, seen_start, seen_end, window,
-            scale_log2, KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
-            NUM_STAGES if HAS_STARTS else 1, HAS_STARTS, HAS_WINDOW, WIDEN, True, False,
+            scale_log2, page_lse_ptrs, there, KV_HEADS, HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
+            NUM_STAGES if HAS_STARTS else 1, HAS_STARTS, HAS_WINDOW, WIDEN, PART_TOKENS, True, False,
         )  # fmt: skip
     if not HAS_STARTS:
         peak, total, weighted = _sweep(
             queries, peak, total, weighted, whole_start, whole_end, head_ptr, kv_desc, head_row,
             table_ptr, starts_ptr, slot_items, num_pages, positions, seen_start, seen_end, window,
-            scale_log2, KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
-            NUM_STAGES, HAS_STARTS, HAS_WINDOW, WIDEN, False, DESCRIBED,
+            scale_log2, page_lse_ptrs, there, KV_HEADS, HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
+            NUM_STAGES, HAS_STARTS, HAS_WINDOW, WIDEN, PART_TOKENS, False, DESCRIBED,
         )  # fmt: skip
         peak, total, weighted = _sweep(
             queries, peak, total, weighted, whole_end, tile_end, head_ptr, kv_desc, head_row,
             table_ptr, starts_ptr, slot_items, num_pages, positions, seen_start, seen_end, window,
-            scale_log2, KV_HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
-            1, HAS_STARTS, HAS_WINDOW, WIDEN, True, False,
+            scale_log2, page_lse_ptrs, there, KV_HEADS, HEADS, HEAD_DIM, HEAD_BLOCK, PAGE_TOKENS, BLOCK_N,
+            1, HAS_STARTS, HAS_WINDOW, WIDEN, PART_TOKENS, True, False,
         )  # fmt: skip
 
     out = weighted / tl.where(total > 0.0, total, 1.0)[:, None]

@@ -22,6 +22,7 @@ from tiermem.attention.kernels.launches import (
 )
 from tiermem.attention.kernels.tiles import DecodeTile, Tile
 from tiermem.attention.kernels.variants import Operands
+from tiermem.attention.page_lse import PageLse
 from tiermem.attention.pool_view import PagedTables, PoolView, ProductMath
 from tiermem.attention.work_list import WorkList
 
@@ -47,6 +48,7 @@ class AttendCall:
     scale: float
     window: int | None
     out_dtype: torch.dtype
+    page_lse: PageLse | None
 
     def prepare(self) -> AttendLaunch:
         """Choose kernels and tiles, compile what is new, and bind everything that stays."""
@@ -86,6 +88,17 @@ class AttendCall:
         return self.backend.launches_early and not self.kernels.interpreted
 
     @property
+    def _part_tokens(self) -> int:
+        """Tokens of each part of a page whose log-sum-exp is wanted; 0: none is."""
+        if self.page_lse is None:
+            return 0
+        return self.pool.layout.page_tokens // self.page_lse.parts
+
+    @property
+    def _num_changing(self) -> int:
+        return ATTEND_CHANGING + (self.page_lse is not None)
+
+    @property
     def _operands(self) -> Operands:
         return operands_of(self.pool, self.q.shape[1] // self.pool.layout.num_kv_heads, self.q)
 
@@ -122,14 +135,16 @@ class AttendCall:
         """The launch, partial results in all, and of the sequence that has most."""
         work = self._work
         assert work is not None
-        variant = variants.decode_variant(self._operands, tile, self.out_dtype, early=self._early)
+        variant = variants.decode_variant(
+            self._operands, tile, self.out_dtype, early=self._early, part_tokens=self._part_tokens
+        )
         values = {
             **self._common(tile.block_n),
             "work_ptr": self.kernels.passed(work.rows),
             "scale_log2": self.scale * LOG2_E,
         }
         grid = (work.rows.shape[0] * self.pool.layout.num_kv_heads, 1)
-        launch = self.kernels.kernel(variant).bind(grid, ATTEND_CHANGING, values)
+        launch = self.kernels.kernel(variant).bind(grid, self._num_changing, values)
         return launch, work.num_partials, work.max_splits
 
     def _bind_pages(self) -> tuple[BoundLaunch, int, int]:
@@ -141,6 +156,7 @@ class AttendCall:
             self._operands, tile, self.out_dtype,
             has_work=work is not None, has_starts=tables.page_starts is not None,
             has_window=self._seen is not None, widen=self._widen, early=self._early,
+            part_tokens=self._part_tokens,
         )  # fmt: skip
         values = {
             **self._common(tile.block_n if tile.described else None),
@@ -165,7 +181,8 @@ class AttendCall:
             num_programs = work.rows.shape[0] * heads
             num_parts, max_splits = work.num_partials, work.max_splits
         kernel = self.kernels.kernel(variant)
-        return kernel.bind((num_programs, 1), ATTEND_CHANGING, values), num_parts, max_splits
+        launch = kernel.bind((num_programs, 1), self._num_changing, values)
+        return launch, num_parts, max_splits
 
     def _bind_merge(self, max_splits: int) -> BoundLaunch:
         tables, work, passed = self.tables, self._work, self.kernels.passed
@@ -197,6 +214,7 @@ class AttendCall:
             "q_head_stride": self.q.stride(1),
             "table_stride": tables.block_table.stride(0),
             "slot_items": pool.slot_items,
+            "page_lse_stride": None if self.page_lse is None else self.page_lse.values.stride(0),
         }
 
 

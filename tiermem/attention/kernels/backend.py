@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tiermem.attention.arguments import check_attend, check_merge, check_store
+from tiermem.attention.arguments import (
+    check_attend,
+    check_mass,
+    check_merge,
+    check_page_lse,
+    check_store,
+)
 from tiermem.attention.kernels import tiles
 from tiermem.attention.kernels.attend_call import AttendCall, without_rows
 from tiermem.attention.kernels.compiled import CompiledKernels
-from tiermem.attention.kernels.launches import launch_merge, prepare_store
+from tiermem.attention.kernels.driver import BoundLaunch
+from tiermem.attention.kernels.launches import bind_mass, launch_merge, prepare_store
 from tiermem.attention.kernels.tiles import Capability
+from tiermem.attention.page_lse import PageLse
 from tiermem.attention.pool_view import PagedTables, PoolView, ProductMath
 from tiermem.attention.work_list import PlannedWork, plan_work, tile_counts
 from tiermem.layout import PageLayout
@@ -41,6 +51,7 @@ class TritonBackend:
         self.math = math
         self._kernels: dict[int, CompiledKernels] = {}
         self._planned: tuple[int, bytes, PlannedWork] | None = None
+        self._masses: dict[object, BoundLaunch] = {}
 
     def plan(self, layout: PageLayout, kv_lens: NDArray[np.int64]) -> PlannedWork | None:
         """Chunks that keep every multiprocessor busy; None without sequences."""
@@ -86,6 +97,7 @@ class TritonBackend:
         scale: float,
         window: int | None,
         out_dtype: torch.dtype,
+        page_lse: PageLse | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Softmax attention of each query row over the stored tokens that it may see."""
         device = q.get_device()
@@ -93,18 +105,22 @@ class TritonBackend:
         stream = kernels.current_stream()
         key = (
             id(self), id(pool), q.shape, q.stride(), q.dtype, q.data_ptr() % 16, device,
-            scale, window, out_dtype, stream,
+            scale, window, out_dtype, stream, None if page_lse is None else page_lse.values.shape,
         )  # fmt: skip
         launch = tables.prepared.get(key)
         if launch is None or launch.backend is not self or launch.pool is not pool:
             check_attend(pool, q, tables, window)
+            if page_lse is not None:
+                check_page_lse(page_lse, q, tables, self._parts(pool.layout))
             if tables.num_rows == 0:
                 launch = without_rows(self, kernels, pool, q, out_dtype)
             else:
-                call = AttendCall(self, kernels, pool, q, tables, scale, window, out_dtype)
+                call = AttendCall(
+                    self, kernels, pool, q, tables, scale, window, out_dtype, page_lse
+                )
                 launch = call.prepare()
             _remember(tables.prepared, key, launch)
-        out, lse = launch(stream, pool.layer_offset(layer), q)
+        out, lse = launch(stream, pool.layer_offset(layer), q, page_lse)
         return out, lse
 
     def merge(
@@ -114,6 +130,37 @@ class TritonBackend:
         check_merge(outs, lses)
         kernels = self._kernels_of(outs[0].get_device())
         return launch_merge(kernels, torch.stack(outs), torch.stack(lses), out_dtype)
+
+    def new_page_lse(
+        self, pool: PoolView, num_rows: int, num_heads: int, num_pages: int
+    ) -> PageLse:
+        """For calls to `attend` with this pool's layout."""
+        parts = self._parts(pool.layout)
+        return PageLse.empty(num_rows, num_heads, num_pages, pool.data.device, parts=parts)
+
+    def page_mass(self, page_lse: PageLse, lse: torch.Tensor) -> torch.Tensor:
+        """The share of each row's softmax that each page has."""
+        values = page_lse.values
+        check_mass(page_lse, lse)
+        num_rows, _, heads = values.shape
+        mass = lse.new_empty((num_rows, heads, page_lse.num_pages))
+        if mass.numel() == 0:
+            return mass
+        kernels = self._kernels_of(values.get_device())
+        key = (values.get_device(), values.shape, page_lse.parts)
+        launch = self._masses.get(key)
+        if launch is None:
+            launch = bind_mass(kernels, page_lse)
+            _remember(self._masses, key, launch)
+        passed = kernels.passed
+        launch(kernels.current_stream(), passed(mass), passed(values), passed(lse.contiguous()))
+        return mass
+
+    def _parts(self, layout: PageLayout) -> int:
+        """Places that the log-sum-exp of a page has: one for each tile."""
+        item_bytes = 4 if self.math is ProductMath.FLOAT32 else layout.item_bytes
+        head_block = tiles.next_power_of_2(layout.head_dim)
+        return layout.page_tokens // tiles.part_tokens(head_block, item_bytes, layout.page_tokens)
 
     def _kernels_of(self, device: int) -> CompiledKernels:
         """The kernels for a device, by the index that its tensors give."""
@@ -128,7 +175,7 @@ class TritonBackend:
         return self.capability >= tiles.FIRST_WITH_DESCRIPTORS
 
 
-def _remember(prepared: dict[object, object], key: object, launch: object) -> None:
+def _remember(prepared: dict[Any, Any], key: object, launch: object) -> None:
     if len(prepared) >= KEPT_LAUNCHES:
         prepared.clear()
     prepared[key] = launch

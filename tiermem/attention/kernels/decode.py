@@ -27,9 +27,10 @@ def _fold(scores, v, peak, total, weighted):
     new_peak = tl.maximum(peak, tl.max(scores, 0))
     decay = tl.exp2(peak - new_peak)
     weights = tl.exp2(scores - new_peak[None, :])
-    total = total * decay + tl.sum(weights, 0)
+    tile_total = tl.sum(weights, 0)
+    total = total * decay + tile_total
     weighted = tl.dot(tl.trans(v), weights.to(v.dtype), weighted * decay[None, :])
-    return new_peak, total, weighted
+    return new_peak, total, weighted, tile_total
 
 
 @triton.jit
@@ -42,7 +43,16 @@ def _fold_two(scores, scores_2, v, v_2, peak, total, weighted):
     total = total * decay + tl.sum(weights + weights_2, 0)
     weighted = tl.dot(tl.trans(v), weights.to(v.dtype), weighted * decay[None, :])
     weighted = tl.dot(tl.trans(v_2), weights_2.to(v.dtype), weighted)
-    return new_peak, total, weighted
+    return new_peak, total, weighted, tl.sum(weights, 0), tl.sum(weights_2, 0)
+
+
+@triton.jit
+def _store_page_lse(
+    page_lse_ptrs, mine, part, peak, total, HEADS: tl.constexpr, PART_TOKENS: tl.constexpr
+):
+    """Leave the log-sum-exp of a tile, whose weights relative to `peak` sum up to `total`, in its place."""
+    if PART_TOKENS > 0:
+        tl.store(page_lse_ptrs + part * HEADS, (peak + tl.log2(total)) * _LN_2, mask=mine)
 
 
 @triton.jit
@@ -53,6 +63,7 @@ def decode_chunks(  # noqa: PLR0915 - a kernel keeps its state in local variable
     part_ptr,
     part_lse_ptr,
     layer_offset,
+    page_lse_ptr,
     kv_ptr,
     kv_desc,
     work_ptr,
@@ -65,6 +76,7 @@ def decode_chunks(  # noqa: PLR0915 - a kernel keeps its state in local variable
     table_stride,
     slot_items,
     scale_log2,
+    page_lse_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -72,6 +84,7 @@ def decode_chunks(  # noqa: PLR0915 - a kernel keeps its state in local variable
     PAGE_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    PART_TOKENS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attend the query heads of one head of K and V over one chunk of its sequence.
@@ -79,7 +92,7 @@ def decode_chunks(  # noqa: PLR0915 - a kernel keeps its state in local variable
     Grid: chunks * KV_HEADS, the head fastest: neighbours then read neighbouring parts of the same page.
     Results are as those of attend_pages with HAS_WORK. A turn takes 32 tokens: one tile of BLOCK_N = 32 of
     a page, or two pages of BLOCK_N = PAGE_TOKENS = 16. The descriptor's tiles are (BLOCK_N, HEAD_DIM) of the
-    pool as rows of one token and head.
+    pool as rows of one token and head. PART_TOKENS is BLOCK_N, or 0; page_lse is as in attend_pages.
     """
     if EARLY:
         # First of all: the merge's programs are then there when the last of these ends.
@@ -87,6 +100,7 @@ def decode_chunks(  # noqa: PLR0915 - a kernel keeps its state in local variable
     TURN: tl.constexpr = 32
     TWO_PAGES: tl.constexpr = BLOCK_N < TURN
     V_ROWS: tl.constexpr = KV_HEADS * PAGE_TOKENS
+    HEADS: tl.constexpr = KV_HEADS * GROUP
     program = tl.program_id(0)
     kv_head = program % KV_HEADS
     sequence, start, end, splits, part = load_chunk(work_ptr, program // KV_HEADS)
@@ -116,6 +130,7 @@ def decode_chunks(  # noqa: PLR0915 - a kernel keeps its state in local variable
 
     slot_rows = (slot_items // HEAD_DIM).to(tl.int32)
     head_row = (layer_offset // HEAD_DIM).to(tl.int32) + kv_head * PAGE_TOKENS
+    page_lse_ptrs = page_lse_ptr + sequence.to(tl.int64) * page_lse_stride + heads
     peak = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     weighted = tl.zeros([HEAD_DIM, GROUP_BLOCK], tl.float32)
@@ -140,13 +155,21 @@ def decode_chunks(  # noqa: PLR0915 - a kernel keeps its state in local variable
             slot_2 = tl.load(table_ptr + tl.minimum(page + 1, last_page))
             scores = tl.dot(k, queries) * scale_log2
             scores_2 = tl.dot(k_2, queries) * scale_log2
-            peak, total, weighted = _fold_two(scores, scores_2, v, v_2, peak, total, weighted)
+            peak, total, weighted, total_1, total_2 = _fold_two(
+                scores, scores_2, v, v_2, peak, total, weighted
+            )
+            page_1 = turn * 2
+            _store_page_lse(page_lse_ptrs, mine, page_1, peak, total_1, HEADS, PART_TOKENS)
+            _store_page_lse(page_lse_ptrs, mine, page_1 + 1, peak, total_2, HEADS, PART_TOKENS)
         else:
             row = head_row + slot * slot_rows + turn * TURN % PAGE_TOKENS
             k = kv_desc.load([row, 0])
             v = kv_desc.load([row + V_ROWS, 0])
             slot = tl.load(table_ptr + tl.minimum((turn + 1) * TURN // PAGE_TOKENS, last_page))
-            peak, total, weighted = _fold(tl.dot(k, queries) * scale_log2, v, peak, total, weighted)
+            peak, total, weighted, tile_total = _fold(
+                tl.dot(k, queries) * scale_log2, v, peak, total, weighted
+            )
+            _store_page_lse(page_lse_ptrs, mine, turn, peak, tile_total, HEADS, PART_TOKENS)
 
     head_ptr = kv_ptr + layer_offset + kv_head * (PAGE_TOKENS * HEAD_DIM)
     rest_start = tl.maximum(whole_end * TURN, start)
@@ -159,7 +182,9 @@ def decode_chunks(  # noqa: PLR0915 - a kernel keeps its state in local variable
         k = tl.load(k_ptrs, mask=there[:, None], other=0.0)
         v = tl.load(k_ptrs + V_ROWS * HEAD_DIM, mask=there[:, None], other=0.0)
         scores = tl.where(there[:, None], tl.dot(k, queries) * scale_log2, -float("inf"))
-        peak, total, weighted = _fold(scores, v, peak, total, weighted)
+        peak, total, weighted, tile_total = _fold(scores, v, peak, total, weighted)
+        tile = token // BLOCK_N
+        _store_page_lse(page_lse_ptrs, mine, tile, peak, tile_total, HEADS, PART_TOKENS)
 
     out = weighted / tl.where(total > 0.0, total, 1.0)[None, :]
     lse = (peak + tl.log2(total)) * _LN_2

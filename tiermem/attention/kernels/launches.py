@@ -16,13 +16,15 @@ from tiermem.attention.kernels import tiles, variants
 from tiermem.attention.kernels.compiled import CompiledKernels
 from tiermem.attention.kernels.driver import BoundLaunch
 from tiermem.attention.kernels.variants import Operands
+from tiermem.attention.page_lse import PageLse
 from tiermem.attention.pool_view import PoolView
 
 if TYPE_CHECKING:
     from tiermem.attention.kernels.backend import TritonBackend
 
-STORE_CHANGING, ATTEND_CHANGING, MERGE_CHANGING = 4, 6, 4
-"""Parameters of the kernels, the first ones, that differ from layer to layer."""
+STORE_CHANGING, ATTEND_CHANGING, MERGE_CHANGING, MASS_CHANGING = 4, 6, 4, 3
+"""Parameters of the kernels, the first ones, that differ from layer to layer. Attention has one more where the
+log-sum-exp of pages is wanted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,7 +56,8 @@ class StoreLaunch:
 class AttendLaunch:
     """Attend queries of one shape over the pages of one pool that one object of tables names.
 
-    It is repeated on the same stream for q of the same shape, strides, dtype, device and alignment.
+    It is repeated on the same stream for q of the same shape, strides, dtype, device and alignment, and for
+    page_lse of the same shape, or for none.
     """
 
     backend: TritonBackend
@@ -71,14 +74,17 @@ class AttendLaunch:
     part_arguments: tuple[Any, Any]
 
     def __call__(
-        self, stream: int, layer_offset: int, q: torch.Tensor
+        self, stream: int, layer_offset: int, q: torch.Tensor, page_lse: PageLse | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = self.new_out(), self.new_lse()
         if self.launch is None:
             return out, lse
         passed = self.kernels.passed
         results = (passed(out), passed(lse), *self.part_arguments)
-        self.launch(stream, passed(q), *results, layer_offset)
+        if page_lse is None:
+            self.launch(stream, passed(q), *results, layer_offset)
+        else:
+            self.launch(stream, passed(q), *results, layer_offset, passed(page_lse.values))
         if self.merge is not None:
             self.merge(stream, *results)
         return out, lse
@@ -129,6 +135,15 @@ def launch_merge(
     launch = kernels.kernel(variant).bind(grid, MERGE_CHANGING, values)
     launch(kernels.current_stream(), passed(out), passed(lse), passed(parts), passed(part_lses))
     return out, lse
+
+
+def bind_mass(kernels: CompiledKernels, page_lse: PageLse) -> BoundLaunch:
+    """What makes the mass of page_lse of this shape: it takes a stream, mass, page_lse's values and lse."""
+    num_rows, _, heads = page_lse.values.shape
+    tile = tiles.mass_tile(heads)
+    variant = variants.mass_variant(heads, page_lse.parts, tile)
+    grid = (num_rows, -(-page_lse.num_pages // tile.block_pages))
+    return kernels.kernel(variant).bind(grid, MASS_CHANGING, {"num_pages": page_lse.num_pages})
 
 
 def maker_of_empty(

@@ -21,7 +21,7 @@ from tiermem.attention.kernels.compiled import Variant, compile_variant, target_
 from tiermem.attention.kernels.tiles import Capability
 from tiermem.attention.kernels.variants import Operands
 
-DECODE_ROWS, PREFILL_ROWS = 1, 512
+DECODE_ROWS, DRAFT_ROWS, PREFILL_ROWS = 1, 8, 512
 """Query rows of a sequence."""
 
 
@@ -39,6 +39,8 @@ class Use:
     scattered: bool = False
     window: bool = False
     widen: bool = False
+    mass: bool = False
+    """Whether pages leave their log-sum-exp."""
 
 
 USES = {
@@ -62,6 +64,17 @@ USES = {
     "decode, head_dim 80": Use(work=True, head_dim=80, page_tokens=32),
     "prefill, float32": Use(PREFILL_ROWS, dtype=torch.float32),
     "prefill, float32 products": Use(PREFILL_ROWS, widen=True),
+    "decode, page mass": Use(work=True, mass=True),
+    "decode, page mass, page 16": Use(work=True, page_tokens=16, mass=True),
+    "decode, page mass, 16 share": Use(work=True, group=16, kv_heads=4, mass=True),
+    "decode, page mass, float32": Use(work=True, dtype=torch.float32, mass=True),
+    "draft, page mass": Use(DRAFT_ROWS, mass=True),
+    "draft, page mass, scattered": Use(DRAFT_ROWS, scattered=True, mass=True),
+    "draft, page mass, page 16": Use(DRAFT_ROWS, page_tokens=16, scattered=True, mass=True),
+    "decode, page mass, scattered": Use(scattered=True, mass=True),
+    "decode, page mass, window": Use(window=True, page_tokens=16, mass=True),
+    "prefill, page mass": Use(PREFILL_ROWS, mass=True),
+    "prefill, page mass, scattered": Use(PREFILL_ROWS, scattered=True, page_tokens=16, mass=True),
 }
 
 
@@ -83,10 +96,15 @@ def variant_for(use: Use, capability: Capability) -> Variant:
     operands = Operands(use.kv_heads, use.group, use.head_dim, use.page_tokens, use.dtype)
     early = capability >= tiles.FIRST_WITH_DESCRIPTORS
     item_bytes = 4 if use.widen else use.dtype.itemsize
+    part_tokens = 0
+    if use.mass:
+        part_tokens = tiles.part_tokens(operands.head_block, item_bytes, use.page_tokens)
     if use.work and not use.widen:
         decode = tiles.decode_tile(capability, use.head_dim, item_bytes, use.group, use.page_tokens)
         if decode is not None:
-            return variants.decode_variant(operands, decode, use.dtype, early=early)
+            return variants.decode_variant(
+                operands, decode, use.dtype, early=early, part_tokens=part_tokens
+            )
     tile = tiles.attend_tile(
         capability, operands.head_block, item_bytes, use.rows * use.group, use.page_tokens,
         describable=operands.head_block == use.head_dim and not (use.scattered or use.widen),
@@ -94,12 +112,12 @@ def variant_for(use: Use, capability: Capability) -> Variant:
     return variants.attend_variant(
         operands, tile, use.dtype,
         has_work=use.work, has_starts=use.scattered, has_window=use.window, widen=use.widen,
-        early=early,
+        early=early, part_tokens=part_tokens,
     )  # fmt: skip
 
 
 def other_variants(capability: Capability) -> dict[str, Variant]:
-    """The variants of the kernels that store and merge."""
+    """The variants of the kernels that store, merge and make mass."""
     operands = Operands(8, 7, 128, 64, torch.float16)
     early = capability >= tiles.FIRST_WITH_DESCRIPTORS
     found = {}
@@ -110,6 +128,9 @@ def other_variants(capability: Capability) -> dict[str, Variant]:
             56, 128, tiles.merge_tile(128, max_parts), torch.float32, torch.float16,
             has_work=True, early=early,
         )  # fmt: skip
+    for page_tokens in (16, 64):
+        parts = page_tokens // tiles.part_tokens(128, 2, page_tokens)
+        found[f"mass, page {page_tokens}"] = variants.mass_variant(56, parts, tiles.mass_tile(56))
     return found
 
 

@@ -81,6 +81,16 @@ class MergeTile:
 
 
 @dataclass(frozen=True, slots=True)
+class MassTile:
+    """Sizes of one program of the kernel that makes mass of log-sum-exp."""
+
+    block_heads: int
+    """Query heads a turn of the loop."""
+    block_pages: int
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreTile:
     """Sizes of one program of the store kernel."""
 
@@ -145,6 +155,16 @@ def merge_tile(head_dim: int, max_parts: int) -> MergeTile:
     if max_parts <= 4:
         return MergeTile(min(128, next_power_of_2(head_dim)), 4, 1)
     return MergeTile(32, 32, 1)
+
+
+def part_tokens(head_block: int, item_bytes: int, page_tokens: int) -> int:
+    """Tokens of a page whose log-sum-exp is in one place: no tile of operands of this size has fewer."""
+    return min(page_tokens, 32 if head_block * item_bytes <= 256 else 16)
+
+
+def mass_tile(num_heads: int) -> MassTile:
+    """The mass kernel's tile."""
+    return MassTile(min(64, next_power_of_2(num_heads)), 32, 4)
 
 
 def store_tile(num_tokens: int) -> StoreTile:

@@ -10,10 +10,12 @@ import torch
 from tiermem.attention.kernels.attend import attend_pages
 from tiermem.attention.kernels.compiled import ALIGNED, TYPE_NAMES, Argument, Variant, pointer
 from tiermem.attention.kernels.decode import decode_chunks
+from tiermem.attention.kernels.mass import mass_of_pages
 from tiermem.attention.kernels.merge import merge_parts
 from tiermem.attention.kernels.store import store_tokens
 from tiermem.attention.kernels.tiles import (
     DecodeTile,
+    MassTile,
     MergeTile,
     StoreTile,
     Tile,
@@ -58,12 +60,17 @@ def attend_variant(
     has_window: bool,
     widen: bool,
     early: bool,
+    part_tokens: int = 0,
 ) -> Variant:
-    """The kernel for pages of any kind. Its descriptor is not an argument unless the tile uses one."""
+    """The kernel for pages of any kind. Its descriptor is not an argument unless the tile uses one.
+
+    `part_tokens`: of each part of a page whose log-sum-exp it leaves; 0: none, at no cost.
+    """
     return Variant.of(
         attend_pages,
         {
             **_per_call(operands, out_dtype),
+            **_page_lse(part_tokens),
             **_pool(operands, tile.block_n if tile.described else None),
             "work_ptr": "*i32",
             "block_table_ptr": "*i32",
@@ -95,13 +102,19 @@ def attend_variant(
 
 @lru_cache(KEPT)
 def decode_variant(
-    operands: Operands, tile: DecodeTile, out_dtype: torch.dtype, *, early: bool
+    operands: Operands,
+    tile: DecodeTile,
+    out_dtype: torch.dtype,
+    *,
+    early: bool,
+    part_tokens: int = 0,
 ) -> Variant:
-    """The kernel for one row a sequence through a descriptor."""
+    """The kernel for one row a sequence through a descriptor; `part_tokens` as in `attend_variant`."""
     return Variant.of(
         decode_chunks,
         {
             **_per_call(operands, out_dtype),
+            **_page_lse(part_tokens),
             **_pool(operands, tile.block_n),
             "work_ptr": "*i32",
             "block_table_ptr": "*i32",
@@ -155,6 +168,25 @@ def merge_variant(
 
 
 @lru_cache(KEPT)
+def mass_variant(num_heads: int, parts: int, tile: MassTile) -> Variant:
+    """The kernel that turns the log-sum-exp of pages, each in `parts` parts, into their mass."""
+    return Variant.of(
+        mass_of_pages,
+        {
+            "mass_ptr": "*fp32",
+            "page_lse_ptr": "*fp32",
+            "lse_ptr": "*fp32",
+            "num_pages": "i32",
+            "HEADS": num_heads,
+            "PARTS": parts,
+            "BLOCK_HEADS": tile.block_heads,
+            "BLOCK_PAGES": tile.block_pages,
+        },
+        tile.num_warps,
+    )
+
+
+@lru_cache(KEPT)
 def store_variant(operands: Operands, tile: StoreTile) -> Variant:
     """The kernel that writes new tokens to their places."""
     row = pointer(operands.dtype, operands.aligned_rows)
@@ -188,6 +220,16 @@ def _per_call(operands: Operands, out_dtype: torch.dtype) -> dict[str, Argument]
         "part_ptr": f"*fp32{ALIGNED}",
         "part_lse_ptr": "*fp32",
         "layer_offset": f"i64{ALIGNED}",
+    }
+
+
+def _page_lse(part_tokens: int) -> dict[str, Argument]:
+    """Where the log-sum-exp of pages goes: no arguments unless it is wanted."""
+    wanted = part_tokens > 0
+    return {
+        "page_lse_ptr": "*fp32" if wanted else 0,
+        "page_lse_stride": "i32" if wanted else 0,
+        "PART_TOKENS": part_tokens,
     }
 
 

@@ -155,7 +155,6 @@ def check_room(settings: Settings, layout: PageLayout, new_tokens: int) -> None:
     ConfigError: a hot budget that is smaller than the staging of streamed layers, or a context that all tiers
         together do not hold; each with the sizes that are needed.
     """
-    staging = staging_bytes(settings, layout)
     for context in settings.contexts:
         if settings.fill is Fill.SYNTHETIC and context % layout.page_tokens:
             raise ConfigError(
@@ -164,7 +163,7 @@ def check_room(settings: Settings, layout: PageLayout, new_tokens: int) -> None:
             )
         sizes = Sizes.of(layout, context, new_tokens)
         for gpu in settings.gpu_bytes:
-            _check_hot(gpu, staging, layout)
+            _check_hot(gpu, staging_bytes(settings, layout, gpu), layout)
             _check_tiers(sizes, gpu, sizes.warm_bytes(settings), settings.ssd_bytes)
 
 
@@ -184,10 +183,10 @@ def check_host(settings: Settings, layout: PageLayout, new_tokens: int, host_fre
             )
 
 
-def staging_bytes(settings: Settings, layout: PageLayout) -> int:
-    """Device memory that slices of streamed layers pass through, beside the hot tier."""
+def staging_bytes(settings: Settings, layout: PageLayout, gpu: int) -> int:
+    """Device memory that slices of streamed layers pass through, beside a hot tier of `gpu` bytes."""
     config = TierConfig(gpu=layout.slot_bytes, ram=0, cpu_threads=settings.cpu_threads)
-    return config.staging_pages * layout.slot_bytes
+    return config.ring_bytes(layout, gpu)
 
 
 def _check_hot(gpu: int, staging: int, layout: PageLayout) -> None:

@@ -174,7 +174,8 @@ class Measurement:
     def _streaming(self, request: Request) -> Iterator[Result]:
         if not self._is_wanted(Baseline.STREAMING, request):
             return
-        hot = staging_bytes(self._settings, self._layout) + self._layout.slot_bytes
+        slot = self._layout.slot_bytes
+        hot = staging_bytes(self._settings, self._layout, slot) + slot
         warm = request.sizes.warm_bytes(self._settings)
         if hot + warm + self._settings.ssd_bytes < request.sizes.num_bytes:
             reason = f"ram holds {warm} of {request.sizes.num_bytes} bytes of K and V"
