@@ -155,8 +155,10 @@ def test_wrong_arguments_are_refused(cli: Cli, changed: tuple[str, str], words: 
 
 
 def test_a_model_and_a_context_are_needed(cli: Cli) -> None:
-    assert cli("plan", "--context", "32k").code == 2
-    assert cli("plan", "--model", "33b").code == 2
+    for missing, given in (("model", ("--context", "32k")), ("context", ("--model", "33b"))):
+        found = cli("plan", *given)
+        assert found.code == 2
+        assert f"--{missing}: is needed, unless --table" in found.err
 
 
 def test_auto_uses_the_profile_that_matches_and_says_so(cli: Cli) -> None:
@@ -188,3 +190,81 @@ def test_every_machine_has_an_answer(cli: Cli, profile: str) -> None:
     found = cli("plan", "--model", "7b", "--context", "2k", "--profile", profile, "--json")
     assert found.code == 0
     assert found.json()["tokens_per_s"] > 0 or not found.json()["fits"]
+
+
+# ---- many requests at once ------------------------------------------------------------------------
+
+
+def test_the_table_has_every_shape_on_both_machines(cli: Cli) -> None:
+    found = cli("plan", "--table")
+    assert (found.code, found.err) == (0, "")
+    lines = [line.split() for line in found.out.splitlines()]
+    rows = [line for line in lines if line and line[0] in ("t4", "h200")]
+    assert {(line[0], line[1]) for line in rows} == {
+        (machine, model) for machine in ("t4", "h200") for model in ("7b", "13b", "33b", "70b")
+    }
+    assert {line[2] for line in rows} == {"16,384", "32,768", "65,536", "131,072"}
+    assert "tokens/s predicted" in found.out
+    assert "of t4: rates of the CPU's attention are estimates" in found.out
+    assert "the link and the CPU, which end at once" in found.out
+    assert "does not fit" in found.out
+
+
+def test_a_table_of_what_is_named(cli: Cli) -> None:
+    document = cli(
+        "plan", "--table", "--model", "33b,70b", "--context", "64k,128k", "--profile", "h200",
+        "--gpu", "4GiB,profile", "--weights", "int8", "--ram", "64GiB", "--json",
+    ).json()  # fmt: skip
+    rows = document["rows"]
+    assert [(row["gpu"], row["model"], row["context"]) for row in rows] == [
+        (gpu, model, context)
+        for gpu in ("4GiB", "profile")
+        for model in ("33b", "70b")
+        for context in (65536, 131072)
+    ]
+    assert {row["weights"] for row in rows} == {"int8"}
+    assert all(row["fits"] and row["predicted_tokens_per_s"] > 0 for row in rows)
+    assert rows[0]["mode"] == "streamed + CPU"
+    assert 0 < rows[0]["cpu_share"] < 1
+    alone = cli(
+        "plan", "--model", "33b", "--context", "64k", "--profile", "h200", "--gpu", "4GiB",
+        "--weights", "int8", "--ram", "64GiB", "--json",
+    ).json()  # fmt: skip
+    assert rows[0]["predicted_tokens_per_s"] == alone["tokens_per_s"]
+
+
+def test_a_table_of_this_machine(cli: Cli) -> None:
+    (row,) = cli(
+        "plan", "--table", "--model", "7b", "--context", "64", "--profile", "auto", "--gpu",
+        "profile", "--ram", "0", "--json",
+    ).json()["rows"]  # fmt: skip
+    assert (row["machine"], row["context"]) == ("auto", 64)
+
+
+def test_a_table_is_saved_as_results(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "forecast.jsonl"
+    assert cli("plan", "--table", "--model", "33b", "--save", path).code == 0
+    lines = path.read_text().splitlines()
+    assert all('"benchmark": "forecast", "name": "predicted' in line for line in lines)
+    assert cli("bench", "table", path).out.startswith("## forecast\n\nTokens/s predicted for")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--table", "--model", "33b,34b"), "model='34b'"),
+        (("--table", "--context", "32k,"), "must be tokens"),
+        (("--table", "--profile", "t4,v100"), "profile='v100'"),
+        (("--table", "--gpu", "8GiB,50%"), "gpu='50%'"),
+        (("--table", "--gpu", "8GiB,"), "gpu=''"),
+        (("--table", "--dtype", "float16"), "--dtype: is for one forecast"),
+        (("--table", "--ssd", "0"), "--ssd: is for one forecast"),
+        (("--table", "--save", "/nowhere/x"), "no directory"),
+        (("--model", "33b", "--context", "16k,32k"), "several need --table"),
+        (("--model", "33b", "--context", "16k", "--save", "x"), "needs --table"),
+    ],
+)
+def test_what_a_table_cannot_be(cli: Cli, given: tuple[str, ...], words: str) -> None:
+    found = cli("plan", *given)
+    assert (found.code, found.out) == (2, "")
+    assert words in found.err

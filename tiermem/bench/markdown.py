@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from tiermem.bench import long_context
+from tiermem.bench import forecast_rows, long_context
+from tiermem.bench.forecast_rows import forecast_tables
 from tiermem.bench.long_context.markdown import summary_rows, sweep_tables
 from tiermem.bench.result import Result
 from tiermem.bench.result_file import SavedResult
@@ -25,7 +26,12 @@ def markdown_tables(saved: Sequence[SavedResult]) -> dict[str, str]:
         name: _table([item for item in saved if item.result.subject.benchmark == name])
         for name in names
     }
-    return {**tables, SUMMARY: _summary([item.result for item in saved])}
+    if forecast_rows.NAME in tables:
+        tables[forecast_rows.NAME] = forecast_tables(saved)
+    measured = [
+        item.result for item in saved if item.result.subject.benchmark != forecast_rows.NAME
+    ]
+    return {**tables, SUMMARY: _summary(measured)}
 
 
 def fill_markers(text: str, tables: Mapping[str, str], where: str) -> str:

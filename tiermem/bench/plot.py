@@ -1,4 +1,5 @@
-"""Plot: the results of a file as bars of percent of their ceilings, one panel a benchmark; sweeps as lines."""
+"""Plot: the results of a file as bars of percent of their ceilings, one panel a benchmark; sweeps and
+forecasts as lines."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tiermem.bench.forecast_plot import draw_forecast, forecast_panels
 from tiermem.bench.result import Result
 from tiermem.bench.result_file import SavedResult
 from tiermem.bench.sweep_plot import HEIGHT_IN, draw_sweep, sweeps
@@ -39,11 +41,11 @@ def draw(saved: Sequence[SavedResult], target: Path) -> None:
             "plots need matplotlib: pip install 'tiermem[bench]', or pip install matplotlib"
         ) from error
     results = [item.result for item in saved]
-    panels, lines = _panels(results), sweeps(results)
-    if not panels:
+    panels, lines, forecasts = _panels(results), sweeps(results), forecast_panels(results)
+    if not panels and not forecasts:
         raise ConfigError("none of the results has a share to draw: all of them were skipped")
     bars = [len(rows) * ROW_IN + PANEL_IN for rows in panels.values()]
-    heights = [*bars, *[HEIGHT_IN] * len(lines)]
+    heights = [*bars, *[HEIGHT_IN] * (len(lines) + len(forecasts))]
     figure = Figure(figsize=(WIDTH_IN, sum(heights) + 0.5), layout="constrained")
     FigureCanvasSVG(figure)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights)
@@ -52,6 +54,8 @@ def draw(saved: Sequence[SavedResult], target: Path) -> None:
     for place, sweep in enumerate(lines, len(panels)):
         rates, steps = (figure.add_subplot(grid[place, column]) for column in (0, 1))
         draw_sweep(rates, steps, sweep)
+    for place, (title, models) in enumerate(forecasts.items(), len(bars) + len(lines)):
+        draw_forecast(figure.add_subplot(grid[place, :]), title, models)
     figure.suptitle(f"{saved[0].machine}; commit {saved[0].commit[:12]}", fontsize=9)
     try:
         # without a date and with fixed ids: the same results give the same file

@@ -63,8 +63,8 @@ def run(bench: Run) -> Iterator[Result]:
     """Every row of the benchmark.
 
     A model with random weights decodes with everything resident, as a replayed CUDA graph and launched one by
-    one, and with a hot tier that holds a quarter of its context: the rest is streamed, and then attended by the CPU
-    too, where there is a GPU beside it. Rates are measured in the same run.
+    one, and with a hot tier that holds a quarter of its context: the rest is streamed, and then, beside a GPU,
+    attended by the CPU too. Rates are measured in the same run.
 
     Raises
     ------

@@ -10,12 +10,14 @@ from tiermem.cli.options import CommandParser, Commands, add_json
 NAME = "calibrate"
 
 DESCRIPTION = """\
-Measure how fast this machine is: link to the GPU, GPU and host memory, disk, ways to copy, attention, a step.
+Measure how fast this machine is: link to the GPU, GPU and host memory, disk, ways to copy, attention, a step; and
+how fast the CPU attends over pages in RAM, alone and while the link streams others.
 
 Takes less than a minute on a quiet machine; anything else that runs makes the figures too low. They are
 kept in a private file (in TIERMEM_CACHE_DIR, else XDG_CACHE_HOME/tiermem, else ~/.cache/tiermem) and used for 30
-days, by this version of tiermem, on this machine and GPU alone: a TierManager chooses by them how it copies,
-`tiermem doctor` and `tiermem stats` show rates as a share of them, `tiermem plan` predicts from them."""
+days, by this version of tiermem, on this machine and GPU alone: a TierManager chooses by them how it copies and
+what the CPU attends, `tiermem doctor` and `tiermem stats` show rates as a share of them, `tiermem plan` predicts
+from them."""
 
 EXAMPLES = """\
 examples:
