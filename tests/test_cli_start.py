@@ -29,7 +29,8 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["--version"], ["generate", "--help"], ["stats"], ["stats", "--json"], ["doctor", "-h"],
-     ["calibrate", "--help"], ["plan", "--model", "33b", "--context", "32k", "--profile", "t4"]],
+     ["calibrate", "--help"], ["plan", "--model", "33b", "--context", "32k", "--profile", "t4"],
+     ["plan", "--table"]],
 )  # fmt: skip
 def test_what_answers_at_once_imports_nothing_heavy(arguments: list[str]) -> None:
     found = subprocess.run(

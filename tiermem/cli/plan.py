@@ -102,9 +102,13 @@ def add_parser(commands: Commands[CommandParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry out the command; returns the exit code."""
-    from tiermem.cli import plan_run, plan_table
+    if options.table:
+        from tiermem.cli import plan_table
 
-    return plan_table.run(options) if options.table else plan_run.run(options)
+        return plan_table.run(options)
+    from tiermem.cli import plan_run
+
+    return plan_run.run(options)
 
 
 def contexts(text: str) -> tuple[int, ...]:

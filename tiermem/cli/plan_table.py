@@ -6,10 +6,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from tiermem.bench.environment import commit
-from tiermem.bench.forecast_rows import ENVIRONMENT, forecast_results
-from tiermem.bench.result_file import SavedResult, check_writable, write_results
 from tiermem.cli.human import NOTHING, count_text
 from tiermem.cli.plan_run import find_hardware
 from tiermem.cli.plan_text import LIMITS, gb_text
@@ -33,13 +31,9 @@ def run(options: argparse.Namespace) -> int:
     ------
     ConfigError: an option that cannot be.
     """
-    if options.save is not None:
-        check_writable(options.save)
     rows = _survey(options)
     if options.save is not None:
-        name = commit()
-        results = [result for row in rows for result in forecast_results(row)]
-        write_results(options.save, [SavedResult(result, ENVIRONMENT, name) for result in results])
+        _save(rows, options.save)
     if options.json:
         print(json.dumps({"rows": [row.to_table() for row in rows]}, indent=2))
     else:
@@ -75,6 +69,18 @@ def _row(row: Surveyed) -> tuple[str, ...]:
         "does not fit" if best is None else best.mode.value,
         "the weights" if not budget.weights_fit else LIMITS[found.limit],
     )
+
+
+def _save(rows: Sequence[Surveyed], path: Path) -> None:
+    """Write all rows as results of a benchmark."""
+    from tiermem.bench.environment import commit
+    from tiermem.bench.forecast_rows import ENVIRONMENT, forecast_results
+    from tiermem.bench.result_file import SavedResult, check_writable, write_results
+
+    check_writable(path)
+    name = commit()
+    results = [result for row in rows for result in forecast_results(row)]
+    write_results(path, [SavedResult(result, ENVIRONMENT, name) for result in results])
 
 
 def _survey(options: argparse.Namespace) -> list[Surveyed]:
