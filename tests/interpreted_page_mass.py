@@ -11,10 +11,14 @@ import attention_cases as cases
 import pytest
 import torch
 from attention_cases import Shape, make_case
+from mass_steps import poison, run_step
+from texts import Text, config_of
 
+from tiermem import PageLayout, TierConfig, TierManager
 from tiermem.attention import ProductMath, SlotHolds
 from tiermem.attention.kernels.backend import TritonBackend
 from tiermem.attention.page_lse import PageLse
+from tiermem.device.simulated import SimulatedDevice
 
 DTYPES = ("float16", "float32")
 """The interpreter multiplies the raw bits of bfloat16."""
@@ -131,3 +135,20 @@ def test_page_lse_of_other_parts_is_refused() -> None:
         case.run(backend, page_lse=PageLse.empty(1, 4, 2, cpu))
     with pytest.raises(ValueError, match="1 pages: must be at least 2"):
         case.run(backend, page_lse=PageLse.empty(1, 4, 1, cpu, parts=2))
+
+
+def test_steps_over_hot_streamed_and_handed_over_pages() -> None:
+    """Pages of two parts each, as a GPU's backend and the CPU's threads fill them between them."""
+    layout = PageLayout(1, 2, 64, "float16", 64)
+    config = config_of(layout, gpu=3, ram=30, cpu_share=0.5, io_timeout_s=60.0)
+    config = TierConfig.from_table({**config.to_table(), "device": "auto"})
+    device = SimulatedDevice(3, total_bytes=1 << 28, eagerness=0.5)
+    with TierManager(layout, config, device=device) as manager:
+        poison(manager)
+        texts = [Text.new(manager) for _ in range(2)]
+        run_step(manager, texts, [310, 66])  # by the CPU: the interpreter takes minutes for prompts
+        object.__setattr__(manager._core, "backend", _backend(num_sms=1))
+        run_step(manager, texts, [1, 1])
+        run_step(manager, texts, [3, 1], window=100)
+        assert manager.stats().attended_bytes > 0
+        assert any(flow.streamed_bytes for flow in manager.stats().flows)

@@ -7,13 +7,14 @@ import os
 from dataclasses import replace
 
 import attention_cases as cases
+import numpy as np
 import pytest
 import torch
 from attention_cases import LAYER, Shape, make_case
 
 from tiermem.attention import HostBackend
 from tiermem.attention.backend import AttentionBackend
-from tiermem.attention.page_lse import PageLse
+from tiermem.attention.page_lse import PageLse, PagePlaces
 from tiermem.attention.reference import ReferenceBackend
 
 HOST, REFERENCE = HostBackend(), ReferenceBackend()
@@ -96,6 +97,25 @@ def test_pages_outside_the_tables_are_left_alone(backend: AttentionBackend, seed
         part.run(backend, page_lse.values.dtype, page_lse)
         untouched = (page_lse.values == 5.0).all(2).all(0)
         assert untouched.tolist() == [page % 3 != number for page in range(7)]
+
+
+def test_what_was_found_over_tables_goes_to_the_first_part_of_each_page() -> None:
+    places = PagePlaces.of(
+        np.array([0, 2, 2, 3]),
+        np.array([2, 1, 3]),
+        np.array([[64, 0, 9], [7, 7, 7], [128, 0, 64]]),
+        64,
+    )
+    page_lse = PageLse.empty(3, 5, 4, torch.device("cpu"), parts=2)
+    found = torch.randn(3, 5, 3)
+    page_lse.of_rows(slice(0, 3)).place(found, places)
+    values = page_lse.values.unflatten(1, (4, 2))
+    assert (values[:, :, 1] == -math.inf).all() and (values[:, 3] == -math.inf).all()
+    assert (values[:2, 2] == -math.inf).all()
+    for row, order in ((0, [1, 0]), (1, [1, 0]), (2, [1, 2, 0])):
+        assert torch.equal(values[row, : len(order), 0], found[row][:, order].T)
+    lse = page_lse.values.logsumexp(1)
+    assert torch.allclose(page_lse.mass(lse).sum(2), torch.ones(3, 5))
 
 
 def test_page_lse_of_another_shape_is_refused() -> None:

@@ -8,63 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from texts import PAGE, Q_HEADS, TOLERANCE, Text, config_of, layout_of
+from mass_steps import poison, run_step
+from texts import PAGE, Q_HEADS, Text, config_of, layout_of
 
 from tiermem import PageLayout, TierConfig, TierManager, TierMemError, TransferError
 from tiermem.device.simulated import SimulatedDevice
 from tiermem.hand_over import NUM_BUFFERS, HandOver
 from tiermem.ram_attention import RamPolicy
-
-MASS_ERROR = 2e-5
-"""Of a page's share: K, V and q are exact, products are summed in float32."""
-
-
-def mass_of(text: Text, layer: int, q: torch.Tensor, window: int | None) -> torch.Tensor:
-    """(rows, q_heads, pages) in float64: the softmax's weights of the last tokens, summed page by page."""
-    group, total = Q_HEADS // text.k.shape[2], text.k.shape[1]
-    k = text.k[layer].double().repeat_interleave(group, 1)
-    scores = torch.einsum("rhd,nhd->rhn", q.double(), k) * q.shape[-1] ** -0.5
-    rows, columns = torch.arange(total - len(q), total)[:, None], torch.arange(total)[None]
-    seen = (columns <= rows) & (columns > rows - (window or total))
-    weights = torch.softmax(scores.masked_fill(~seen[:, None], -torch.inf), -1)
-    padded = torch.nn.functional.pad(weights, (0, -total % PAGE))
-    return padded.unflatten(2, (-1, PAGE)).sum(3)
-
-
-def run_step(
-    manager: TierManager, texts: list[Text], counts: list[int], window: int | None = None
-) -> None:
-    """One step of new random tokens, whose outputs and mass are compared with float64."""
-    layout, dtype = manager.layout, texts[0].k.dtype
-    for text, count in zip(texts, counts, strict=True):
-        text.draw(count)
-    news = list(zip(texts, counts, strict=True))
-    longest = max(layout.pages_for(text.k.shape[1]) for text in texts)
-    with manager.step([text.sequence for text in texts], counts) as step:
-        for layer in range(layout.num_layers):
-            step.append(
-                layer,
-                torch.cat([text.k[layer, -count:] for text, count in news]),
-                torch.cat([text.v[layer, -count:] for text, count in news]),
-            )
-            q = torch.randn(sum(counts), Q_HEADS, layout.head_dim).to(dtype)
-            out, mass = step.attend_with_mass(layer, q, window=window)
-            assert mass.dtype == torch.float32 and mass.shape == (len(q), Q_HEADS, longest)
-            assert ((mass.sum(2) - 1).abs() < 1e-4).all()
-            parts = zip(texts, q.split(counts), out.split(counts), mass.split(counts), strict=True)
-            for text, rows, part, its in parts:
-                want = text.wanted(layer, rows, window)
-                assert (part.double() - want).norm() < TOLERANCE[layout.dtype] * want.norm()
-                wanted = mass_of(text, layer, rows, window)
-                pages = wanted.shape[2]
-                assert (its[..., :pages].double() - wanted).abs().max() < MASS_ERROR
-                assert (its[..., pages:] == 0).all()
-
-
-def poison(manager: TierManager) -> None:
-    """NaN: what nobody wrote must not be read."""
-    for pool in manager._core.pools.values():
-        pool.memory.tensor.fill_(0xFF)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
