@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tiermem.bench.long_context.case import Baseline
 from tiermem.bench.long_context.derived import BASELINE_NAMES, FIT, OVER
-from tiermem.bench.long_context.predicted import MACHINES, PREDICTED
+from tiermem.bench.long_context.predicted import PREDICTED
 from tiermem.bench.long_context.rates import MACHINE
 from tiermem.bench.long_context.rows import (
     ATTENDED_MS,
@@ -29,6 +29,7 @@ from tiermem.bench.words import parameters_text, value_text
 from tiermem.cli.bench_text import MET, TEXT_WIDTH, aim_text
 from tiermem.cli.human import NOTHING, count_text
 from tiermem.cli.table import Align, Table
+from tiermem.forecast.survey import MACHINES
 from tiermem.units import format_bytes
 
 

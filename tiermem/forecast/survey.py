@@ -10,6 +10,7 @@ from tiermem.forecast.answer import Forecast, Request, predict
 from tiermem.forecast.hardware import Hardware
 from tiermem.forecast.weights import WeightFormat
 from tiermem.model_shape import ModelShape
+from tiermem.units import SizeLike
 
 MODELS = ("7b", "13b", "33b", "70b")
 CONTEXTS = (16384, 32768, 65536, 131072)
@@ -70,6 +71,16 @@ def widest(request: Request, hardware: Hardware) -> Forecast:
     return found
 
 
+def beside_widest(request: Request, hot: SizeLike, hardware: Hardware) -> Forecast | None:
+    """With a GPU tier of `hot` and the weights of `widest`; None where these leave no room for it."""
+    weights = widest(request, hardware).request.weights
+    try:
+        found = predict(replace(request, gpu=hot, weights=weights), hardware)
+    except ConfigError:  # the profile has no such tier
+        return None
+    return found if found.fits else None
+
+
 def survey(
     like: Request,
     shapes: Sequence[ModelShape],
@@ -93,21 +104,18 @@ def survey(
             for shape in shapes:
                 for context in contexts:
                     request = replace(like, shape=shape, context=context)
-                    found = _with_hot(request, hot, hardware, optional=hots is None)
-                    if found is not None:
+                    if hot == ALL:
+                        yield Surveyed(machine, hot, widest(request, hardware))
+                    elif hots is not None:
+                        found = widest(replace(request, gpu=hot), hardware)
                         yield Surveyed(machine, hot, found)
+                    elif (smaller := _smaller(request, hot, hardware)) is not None:
+                        yield Surveyed(machine, hot, smaller)
 
 
-def _with_hot(request: Request, hot: str, hardware: Hardware, optional: bool) -> Forecast | None:
-    """The answer with a GPU tier of `hot`; None where it is optional and takes nothing away."""
-    if hot == ALL:
-        return widest(request, hardware)
-    if not optional:
-        return widest(replace(request, gpu=hot), hardware)
-    free = widest(request, hardware)
-    try:
-        found = predict(replace(request, gpu=hot, weights=free.request.weights), hardware)
-    except ConfigError:
-        return None  # such a tier cannot be there
-    smaller = found.budget.tiers[0].num_bytes < free.budget.tiers[0].num_bytes
-    return found if found.fits and smaller else None
+def _smaller(request: Request, hot: str, hardware: Hardware) -> Forecast | None:
+    """The answer with a GPU tier of `hot`, if the widest weights that fit would leave more."""
+    free, found = widest(request, hardware), beside_widest(request, hot, hardware)
+    if found is None or found.budget.tiers[0].num_bytes >= free.budget.tiers[0].num_bytes:
+        return None
+    return found

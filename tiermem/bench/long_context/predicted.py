@@ -6,23 +6,24 @@ from collections.abc import Iterator
 
 from tiermem.bench.long_context import NAME
 from tiermem.bench.result import GIGA, Parameters, Result, Subject, measured, not_measured
-from tiermem.errors import ConfigError
-from tiermem.forecast import Forecast, Hardware, Request, WeightFormat, predict
+from tiermem.forecast import Hardware, Request
+from tiermem.forecast.survey import MACHINES, RAM_SHARE, beside_widest, widest
 from tiermem.model_shape import ModelShape
 
 PREDICTED = "predicted"
-MACHINES = ("t4", "h200")
-RAM_SHARE = 0.9
-"""Of the RAM that a machine has left: the benchmark's warm tier takes what a request needs."""
 NO_CEILING = "a prediction has no ceiling"
 
 
 def predicted_results(shape: ModelShape, context: int, gpu_bytes: int) -> Iterator[Result]:
-    """One row a machine: tokens a second with the widest weights that fit there, or why none do."""
+    """One row a machine: tokens a second with the widest weights that fit there, or why none do.
+
+    With a hot tier of `gpu_bytes` where these leave so much.
+    """
     for machine in MACHINES:
         parameters: Parameters = {"model": shape.name, "context": context, "machine": machine}
         hardware = Hardware.from_profile(machine)
-        found = _widest(shape, context, gpu_bytes, hardware)
+        request = Request(shape, context, ram=RAM_SHARE)
+        found = beside_widest(request, gpu_bytes, hardware) or widest(request, hardware)
         if not found.fits:
             reason = "; ".join(found.budget.problems)
             yield not_measured(Subject(NAME, PREDICTED, parameters, "tokens/s"), reason)
@@ -34,17 +35,3 @@ def predicted_results(shape: ModelShape, context: int, gpu_bytes: int) -> Iterat
         )
         subject = Subject(NAME, PREDICTED, parameters, "tokens/s", note=note)
         yield measured(subject, [found.tokens_per_s], NO_CEILING)
-
-
-def _widest(shape: ModelShape, context: int, gpu_bytes: int, hardware: Hardware) -> Forecast:
-    """With the hot tier that was asked for, else with what the weights leave; the narrowest weights at last."""
-    for weights in WeightFormat:
-        for gpu in (gpu_bytes, None):
-            try:
-                request = Request(shape, context, weights=weights, gpu=gpu, ram=RAM_SHARE)
-                found = predict(request, hardware)
-            except ConfigError:
-                continue  # such a hot tier cannot be there
-            if found.fits:
-                return found
-    return predict(Request(shape, context, weights=WeightFormat.INT4, ram=RAM_SHARE), hardware)
