@@ -28,14 +28,14 @@ class ClockedEvent:
 
 
 class ClockedStream:
-    """Every read of the host's gives it the time for `pieces` copies."""
+    """Every read of the host's gives it the time for `pieces` copies; the first `early` end while it is filled."""
 
-    def __init__(self, pieces: int) -> None:
-        self.pieces, self.reads, self.queued = pieces, [0], 0
+    def __init__(self, pieces: int, early: int = 1) -> None:
+        self.pieces, self.early, self.reads, self.queued = pieces, early, [0], 0
 
     def record(self) -> ClockedEvent:
         self.queued += 1
-        due = self.reads[0] + -(-(self.queued - 1) // self.pieces)
+        due = self.reads[0] + max(0, -(-(self.queued - self.early) // self.pieces))
         return ClockedEvent(self.reads, due)
 
     def synchronize(self) -> None:
@@ -45,8 +45,8 @@ class ClockedStream:
 class ClockedDevice:
     """A device whose copies end while the host reads."""
 
-    def __init__(self, pieces: int) -> None:
-        self.stream = ClockedStream(pieces)
+    def __init__(self, pieces: int, early: int) -> None:
+        self.stream = ClockedStream(pieces, early)
         self.copied: list[tuple[int, int, int]] = []
 
     def new_stream(self) -> ClockedStream:
@@ -63,9 +63,11 @@ class ClockedDevice:
 HALF = 8 << 20
 
 
-def beside(pieces: int, work_rate: float, link_rate: float) -> tuple[BesideLink, ClockedDevice]:
+def beside(
+    pieces: int, work_rate: float, link_rate: float, early: int = 1
+) -> tuple[BesideLink, ClockedDevice]:
     """What is found where each pass over 8 MiB gives the link the time for `pieces` copies of 4 MiB."""
-    device: Any = ClockedDevice(pieces)
+    device: Any = ClockedDevice(pieces, early)
     memory = CpuDevice()
     hot, host = memory.allocate(4 << 20), memory.allocate_host(2 * HALF)
 
@@ -87,6 +89,12 @@ def test_both_rates_are_of_the_same_time() -> None:
     assert found.link == pytest.approx(found.ram)
     assert found.total == pytest.approx(2 * found.ram)
     assert found.ram_share == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("early", [1, 2, 50, 600])
+def test_copies_that_ended_before_the_work_began_do_not_count(early: int) -> None:
+    found, _ = beside(2, HALF / 0.05, 16e9, early)
+    assert found.link == pytest.approx(found.ram)
 
 
 @pytest.mark.parametrize(("pass_s", "passes"), [(0.05, 2), (0.03, 4), (0.5, 1)])
