@@ -72,7 +72,8 @@ void bind_cpu_attention(nb::module_& module) {
       .value("AUTO", AttentionInstructions::automatic)
       .value("PORTABLE", AttentionInstructions::portable)
       .value("AVX2", AttentionInstructions::avx2)
-      .value("AVX512", AttentionInstructions::avx512);
+      .value("AVX512", AttentionInstructions::avx512)
+      .value("AMX", AttentionInstructions::amx);
   module.def("attention_instructions_supported", &attention_instructions_supported,
              "instructions"_a);
   nb::class_<CpuAttention>(module, "CpuAttention")

@@ -32,6 +32,8 @@ SUPPORTED = [
 ]
 EXACT = 2e-6
 """Relative error of float32 sums, with a float32 output: no rounding to half precision."""
+BY_TILES = 4e-5
+"""The same where products of halves leave out what is 2^-16 of them."""
 
 
 def _run(case: Case, attention: InPlaceAttention) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +66,8 @@ def test_every_set_of_instructions_agrees_with_float64(
     case = make_case(replace(shape, dtype=dtype), seed=shape.head_dim)
     attention = InPlaceAttention(instructions=instructions)
     assert attention.instructions is instructions
-    cases.check(case, _run(case, attention), tolerance=EXACT)
+    tolerance = BY_TILES if instructions is AttentionInstructions.AMX else EXACT
+    cases.check(case, _run(case, attention), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("instructions", SUPPORTED, ids=lambda value: value.name)

@@ -760,6 +760,8 @@ class AttentionInstructions(enum.Enum):
     AVX2 = 2
     """With FMA and F16C."""
     AVX512 = 3
+    AMX = 4
+    """With bfloat16, beside AVX-512BW; many query lines over half precision go by its tiles."""
 
 def attention_instructions_supported(instructions: AttentionInstructions) -> bool: ...
 

@@ -54,6 +54,17 @@ class TokenFeed {
     return rows_[(at() + kTokens + i + ahead_) & kRingMask];
   }
 
+  // Row i of this block's K, V and the next block's K, V, 64 each.
+  const std::byte* row_from_here(int i) const { return rows_[(at() + i) & kRingMask]; }
+
+  // Whether K of these tokens of the block lie one behind the other.
+  bool are_in_a_row(int start, int end) const {
+    for (int i = 0; i < num_parts(); ++i) {
+      if (parts()[i].start <= start && end <= parts()[i].end) return true;
+    }
+    return false;
+  }
+
   // Whether one of the lines sees a token of the block, or what lies between its tokens.
   bool any_sees(const SeenRange* sees, int num_lines) const {
     for (int i = 0; i < num_lines; ++i) {

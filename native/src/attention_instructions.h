@@ -165,9 +165,9 @@ void merge_line(const MergeTask& task, std::size_t line, std::size_t lane) {
 
 // Where a line's peak and total are among a partial result's lanes.
 template <class Isa>
-std::size_t lane_of(const MergeTask& task, std::size_t line) {
-  if (uses_panels(task.num_lines, task.padded_dim)) return line;
-  const LineBlocks blocks(task.num_lines, Isa::kBlockLines);
+std::size_t lane_of(std::size_t num_lines, std::size_t padded_dim, std::size_t line) {
+  if (uses_panels(num_lines, padded_dim)) return line;
+  const LineBlocks blocks(num_lines, Isa::kBlockLines);
   const std::size_t block = blocks.block_of(line);
   return block * kMostLanes + line - blocks.start(block);
 }
@@ -175,8 +175,8 @@ std::size_t lane_of(const MergeTask& task, std::size_t line) {
 template <class Isa>
 void merge_runs(const MergeTask& task) {
   const FlushDenormals flush;
-  for (std::size_t line = 0; line < task.num_lines; ++line) {
-    merge_line<Isa>(task, line, lane_of<Isa>(task, line));
+  for (std::size_t line = task.first_line; line < task.end_line; ++line) {
+    merge_line<Isa>(task, line, lane_of<Isa>(task.num_lines, task.padded_dim, line));
   }
 }
 

@@ -47,10 +47,10 @@ constexpr std::size_t partial_lanes(std::size_t num_lines) {
   return (num_lines + 3) / 4 * kMostLanes;
 }
 
-// Lines for which prepared queries have room.
+// Lines for which prepared queries have room: for tiles of half precision, and for panels.
 constexpr std::size_t prepared_lines(std::size_t num_lines) {
   constexpr std::size_t pair = 2 * kMostLanes;
-  return num_lines <= kMostBlockLines ? num_lines : (num_lines + pair - 1) / pair * pair;
+  return num_lines <= kMostBlockLines ? kMostLanes : (num_lines + pair - 1) / pair * pair;
 }
 
 // How a group's lines form blocks of nearly equal size. REQUIRES: 1 <= most_lines.
@@ -68,7 +68,7 @@ struct LineBlocks {
   }
 };
 
-// A group's queries of one KV head, to scaled float32 in the kernel's own order.
+// A group's queries of one KV head, to the kernel's own form and order.
 struct PrepareTask {
   FloatType type;
   const std::byte* query;        // of line 0
@@ -99,15 +99,18 @@ struct UnitTask {
   std::size_t num_pages;
   std::size_t num_lines;
   const float* queries;    // as PrepareTask left them
+  double factor;           // as PrepareTask's
   const SeenRange* sees;   // (lines)
   Partial partial;         // overwritten
   PageOutput page_output;  // each line of each of the pages is written
 };
 
-// Joins the partial results of a group of lines and one KV head.
+// Joins the partial results of some lines of a group and one KV head.
 struct MergeTask {
   std::size_t num_runs;
-  std::size_t num_lines;
+  std::size_t num_lines;   // of the group
+  std::size_t first_line;  // that it joins
+  std::size_t end_line;
   std::size_t heads_per_kv;
   std::size_t head_dim;
   std::size_t padded_dim;
@@ -130,6 +133,7 @@ extern const AttentionKernel kPortableAttention;
 #if defined(__x86_64__)
 extern const AttentionKernel kAvx2Attention;    // needs AVX2, FMA and F16C
 extern const AttentionKernel kAvx512Attention;  // needs AVX-512F
+extern const AttentionKernel kAmxAttention;     // needs what has_amx() looks for
 #endif
 
 constexpr std::size_t bytes_of(FloatType type) { return type == FloatType::float32 ? 4 : 2; }

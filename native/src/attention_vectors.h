@@ -62,21 +62,24 @@ class FlushDenormals {
 #endif
 };
 
-// 2^x for x up to 127 by range reduction; a minimax polynomial on [-1/2, 1/2], relative error 1.7e-7. The
-// result is 0 from -127 down, and NaN for NaN.
+// 2^x for x in [-1/2, 1/2]: a minimax polynomial, relative error 1.7e-7.
+template <class Isa>
+typename Isa::Vec exp2_of_part(typename Isa::Vec x) {
+  typename Isa::Vec y = Isa::all(0.001326472731307149F);
+  y = Isa::multiply_add(y, x, Isa::all(0.009671512991189957F));
+  y = Isa::multiply_add(y, x, Isa::all(0.05550733581185341F));
+  y = Isa::multiply_add(y, x, Isa::all(0.24022242426872253F));
+  y = Isa::multiply_add(y, x, Isa::all(0.6931470036506653F));
+  return Isa::multiply_add(y, x, Isa::all(1.0F));
+}
+
+// 2^x for x up to 127 by range reduction. The result is 0 from -127 down, and NaN for NaN.
 template <class Isa>
 typename Isa::Vec exp2_by_parts(typename Isa::Vec x) {
   // The maximum of the two is the second one if either is NaN.
   x = Isa::max(Isa::all(-127.0F), x);
   const typename Isa::Vec whole = Isa::round(x);
-  const typename Isa::Vec part = Isa::subtract(x, whole);
-  typename Isa::Vec y = Isa::all(0.001326472731307149F);
-  y = Isa::multiply_add(y, part, Isa::all(0.009671512991189957F));
-  y = Isa::multiply_add(y, part, Isa::all(0.05550733581185341F));
-  y = Isa::multiply_add(y, part, Isa::all(0.24022242426872253F));
-  y = Isa::multiply_add(y, part, Isa::all(0.6931470036506653F));
-  y = Isa::multiply_add(y, part, Isa::all(1.0F));
-  return Isa::times_power(y, whole);
+  return Isa::times_power(exp2_of_part<Isa>(Isa::subtract(x, whole)), whole);
 }
 
 template <class Isa, class Item>

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "amx_support.h"
 #include "attention_kernel.h"
 #include "attention_plan.h"
 #include "tiermem/worker_team.h"
@@ -31,6 +32,12 @@ const AttentionKernel* kernel_for(AttentionInstructions instructions) noexcept {
     }
     case AttentionInstructions::avx512:
       return __builtin_cpu_supports("avx512f") ? &kAvx512Attention : nullptr;
+    case AttentionInstructions::amx:
+#if defined(TIERMEM_HAS_AMX)
+      return has_amx() ? &kAmxAttention : nullptr;
+#else
+      return nullptr;
+#endif
 #else
     default:
       return nullptr;
@@ -82,7 +89,11 @@ class Counters {
 };
 
 // Queries are prepared by the team from this many lines on; fewer take less time than waking threads.
-constexpr std::size_t kSharedLines = 1024;
+constexpr std::size_t kSharedLines = 256;
+
+// Partial results of more floats than this are merged by the whole team in the end, a few lines at a time.
+constexpr std::size_t kSharedMerge = 1 << 20;
+constexpr std::size_t kMergeLines = 4;
 
 }  // namespace
 
@@ -118,45 +129,70 @@ struct Call {
   float* prepared;
   float* partials;
   Counters& runs_left;
+  bool shares_merge;
 
   std::byte* out_at(std::size_t row, std::size_t head) const {
     const std::size_t item = (row * queries.num_heads + head) * shape.head_dim;
     return static_cast<std::byte*>(result.out) + item * bytes_of(result.type);
   }
 
-  void prepare_group(const RowGroup& group) const {
+  void prepare(std::size_t index) const {
+    const RowGroup& group = plan.groups()[index / shape.num_kv_heads];
+    const std::size_t kv_head = index % shape.num_kv_heads;
     const auto item_bytes = static_cast<std::int64_t>(bytes_of(shape.type));
     const std::int64_t row_bytes = queries.row_stride * item_bytes;
     const std::int64_t head_bytes = queries.head_stride * item_bytes;
     const auto* first = static_cast<const std::byte*>(queries.data) +
                         static_cast<std::int64_t>(group.first_row) * row_bytes;
-    for (std::size_t kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head) {
-      const auto head = static_cast<std::int64_t>(kv_head * plan.heads_per_kv());
-      kernel.prepare({shape.type, first + head * head_bytes, row_bytes, head_bytes,
-                      plan.heads_per_kv(), plan.num_lines(group), shape.head_dim, plan.padded_dim(),
-                      queries.scale * std::numbers::log2e,
-                      prepared + plan.queries_at(group, kv_head)});
-    }
+    const auto head = static_cast<std::int64_t>(kv_head * plan.heads_per_kv());
+    kernel.prepare({shape.type, first + head * head_bytes, row_bytes, head_bytes,
+                    plan.heads_per_kv(), plan.num_lines(group), shape.head_dim, plan.padded_dim(),
+                    queries.scale * std::numbers::log2e, prepared + plan.queries_at(group, kv_head)});
   }
 
-  // The thread that ends the last run of a group and KV head merges them all, in their order.
+  // Without a shared merge, the thread that ends the last run of a group and KV head merges them all. Runs
+  // are merged in their order either way.
   void attend_unit(std::size_t index) const {
     const PlannedUnit unit = plan.units()[index];
     const RowGroup& group = plan.groups()[unit.group];
     const PageRun run = plan.runs()[group.first_run + unit.run];
     kernel.attend({shape, plan.padded_dim(), unit.kv_head, &plan.pages()[run.first_page],
                    run.end_page - run.first_page, plan.num_lines(group),
-                   prepared + plan.queries_at(group, unit.kv_head), &plan.sees()[group.first_sees],
+                   prepared + plan.queries_at(group, unit.kv_head),
+                   queries.scale * std::numbers::log2e, &plan.sees()[group.first_sees],
                    plan.partial(partials, group, unit.run, unit.kv_head),
                    page_output(group, unit.kv_head)});
+    if (shares_merge) return;
     const std::size_t target = unit.group * shape.num_kv_heads + unit.kv_head;
-    if (runs_left[target].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(group, unit.kv_head);
+    if (runs_left[target].fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      merge(group, unit.kv_head, 0, plan.num_lines(group));
+    }
   }
 
-  void merge(const RowGroup& group, std::size_t kv_head) const {
+  std::size_t merge_units() const {
+    std::size_t count = 0;
+    for (const RowGroup& group : plan.groups()) count += merge_units(group) * shape.num_kv_heads;
+    return count;
+  }
+  std::size_t merge_units(const RowGroup& group) const {
+    return group.num_runs == 0 ? 0 : (plan.num_lines(group) + kMergeLines - 1) / kMergeLines;
+  }
+
+  void merge_unit(std::size_t index) const {
+    const RowGroup* group = plan.groups().data();
+    for (; index >= merge_units(*group) * shape.num_kv_heads; ++group) {
+      index -= merge_units(*group) * shape.num_kv_heads;
+    }
+    const std::size_t first = index / shape.num_kv_heads * kMergeLines;
+    merge(*group, index % shape.num_kv_heads, first,
+          std::min(first + kMergeLines, plan.num_lines(*group)));
+  }
+
+  void merge(const RowGroup& group, std::size_t kv_head, std::size_t first_line,
+             std::size_t end_line) const {
     const std::size_t head = kv_head * plan.heads_per_kv();
-    kernel.merge({group.num_runs, plan.num_lines(group), plan.heads_per_kv(), shape.head_dim,
-                  plan.padded_dim(), plan.partial(partials, group, 0, kv_head),
+    kernel.merge({group.num_runs, plan.num_lines(group), first_line, end_line, plan.heads_per_kv(),
+                  shape.head_dim, plan.padded_dim(), plan.partial(partials, group, 0, kv_head),
                   shape.num_kv_heads * plan.partial_floats(group), result.type,
                   out_at(group.first_row, head),
                   result.lse + group.first_row * queries.num_heads + head, queries.num_heads});
@@ -203,8 +239,8 @@ CpuAttention::CpuAttention(std::size_t num_threads, const std::vector<int>& cpus
                            AttentionInstructions instructions, double spin_s)
     : state_(std::make_unique<State>(require_kernel(instructions), num_threads, cpus, spin_s)) {}
 
-CpuAttention::CpuAttention(std::size_t num_threads, const AttentionKernel& kernel)
-    : state_(std::make_unique<State>(kernel, num_threads, std::vector<int>{}, 0.0)) {}
+CpuAttention::CpuAttention(std::size_t num_threads, const AttentionKernel& kernel, double spin_s)
+    : state_(std::make_unique<State>(kernel, num_threads, std::vector<int>{}, spin_s)) {}
 
 CpuAttention::~CpuAttention() = default;
 
@@ -230,7 +266,8 @@ void CpuAttention::attend(const KvShape& shape, const PageTables& tables, const 
                   tables.max_pages,
                   state.queries.floats(plan.query_floats()),
                   state.partials.floats(plan.scratch_floats()),
-                  state.runs_left};
+                  state.runs_left,
+                  plan.scratch_floats() > kSharedMerge};
   state.runs_left.make(plan.groups().size() * shape.num_kv_heads);
   for (std::size_t i = 0; i < plan.groups().size(); ++i) {
     const RowGroup& group = plan.groups()[i];
@@ -240,13 +277,16 @@ void CpuAttention::attend(const KvShape& shape, const PageTables& tables, const 
       state.runs_left[i * shape.num_kv_heads + head].store(group.num_runs);
     }
   }
-  const auto prepare = [&](std::size_t i) { call.prepare_group(plan.groups()[i]); };
+  const std::size_t num_targets = plan.groups().size() * shape.num_kv_heads;
   if (num_lines >= kSharedLines) {
-    state.team.run(plan.groups().size(), prepare);
+    state.team.run(num_targets, [&](std::size_t i) { call.prepare(i); });
   } else {
-    for (std::size_t i = 0; i < plan.groups().size(); ++i) prepare(i);
+    for (std::size_t i = 0; i < num_targets; ++i) call.prepare(i);
   }
   state.team.run(plan.units().size(), [&](std::size_t i) { call.attend_unit(i); });
+  if (call.shares_merge) {
+    state.team.run(call.merge_units(), [&](std::size_t i) { call.merge_unit(i); });
+  }
 }
 
 }  // namespace tiermem

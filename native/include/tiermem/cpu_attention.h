@@ -18,9 +18,10 @@ namespace tiermem {
 enum class FloatType { float16, bfloat16, float32 };
 
 // Which instructions compute it; `automatic` takes the widest that this processor has.
-enum class AttentionInstructions { automatic, portable, avx2, avx512 };
+enum class AttentionInstructions { automatic, portable, avx2, avx512, amx };
 
-// True if this build and this processor have them; always true for automatic and portable.
+// True if this build and this processor have them; always true for automatic and portable. For AMX the
+// system is asked for leave to use it.
 bool attention_instructions_supported(AttentionInstructions instructions) noexcept;
 
 // What a page's layer slice is made of. All at least 1.
@@ -78,7 +79,7 @@ class CpuAttention {
                         AttentionInstructions instructions = AttentionInstructions::automatic,
                         double spin_s = 0.0);
   // For tests, with a kernel of theirs, which must outlive this.
-  CpuAttention(std::size_t num_threads, const AttentionKernel& kernel);
+  CpuAttention(std::size_t num_threads, const AttentionKernel& kernel, double spin_s = 0.0);
   ~CpuAttention();
 
   std::size_t num_threads() const noexcept;
