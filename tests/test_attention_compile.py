@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+from tiermem import layout  # noqa: E402
 from tiermem.attention.kernels import report, tiles  # noqa: E402
 from tiermem.attention.kernels.compiled import Variant, compile_variant, target_of  # noqa: E402
 from tiermem.attention.kernels.report import USES, Resources, Use  # noqa: E402
@@ -19,7 +22,14 @@ from tiermem.attention.kernels.report import USES, Resources, Use  # noqa: E402
 Capability = tuple[int, int]
 MOST_SHARED_BYTES = {(7, 5): 65536, (8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448}
 """What the driver grants a block on each."""
-CHIEF = ("decode", "decode, page 16", "prefill", "prefill of scattered pages")
+CHIEF = (
+    "decode",
+    "decode, page 16",
+    "prefill",
+    "prefill of scattered pages",
+    "decode, page mass",
+    "draft, page mass, page 16",
+)
 """Uses whose variants every run of the tests compiles; the others take minutes."""
 
 
@@ -33,6 +43,8 @@ def _fits(use: Use, capability: Capability) -> Resources:
     assert took.shared_bytes <= MOST_SHARED_BYTES[capability]
     assert took.registers * took.num_warps * 32 <= 65536
     if use.rows == report.DECODE_ROWS and use.work and use.dtype != torch.float32:
+        assert took.spilled_bytes == 0
+    if use.mass:
         assert took.spilled_bytes == 0
     return took
 
@@ -63,6 +75,22 @@ def test_half_precision_decode_on_hopper_reads_through_a_descriptor_with_one_war
     assert 6 * took.shared_bytes <= MOST_SHARED_BYTES[9, 0]
 
 
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_page_mass_costs_nothing_where_it_is_not_asked_for(name: str) -> None:
+    for capability in [(8, 0), (9, 0)]:
+        plain = report.variant_for(USES[name], capability)
+        asked = report.variant_for(replace(USES[name], mass=True), capability)
+        passed = [isinstance(argument, str) for argument in plain.arguments]
+        assert sum(isinstance(argument, str) for argument in asked.arguments) == sum(passed) + 2
+        stores = [
+            compile_variant(variant, target_of(capability)).asm["ptx"].count("st.global")
+            for variant in (plain, asked)
+        ]
+        assert stores[0] < stores[1]
+        most = _resources(asked, capability).shared_bytes
+        assert _resources(plain, capability).shared_bytes <= most
+
+
 def test_older_gpus_get_neither_descriptors_nor_early_launches() -> None:
     for capability in [(7, 5), (8, 9)]:
         variant = report.variant_for(USES["decode"], capability)
@@ -80,7 +108,8 @@ def test_bfloat16_attention_uses_tensor_cores() -> None:
 def test_store_and_merge_compile_to_wide_copies(capability: Capability) -> None:
     for name, variant in report.other_variants(capability).items():
         took = _resources(variant, capability)
-        assert took.spilled_bytes == 0 and took.shared_bytes <= 1024
+        assert took.spilled_bytes == 0
+        assert took.shared_bytes <= (8192 if name.startswith("mass") else 1024)
         if name.startswith("store"):
             assert "st.global.v4.b32" in compile_variant(variant, target_of(capability)).asm["ptx"]
 
@@ -96,6 +125,25 @@ def test_the_table_names_every_use(monkeypatch: pytest.MonkeyPatch) -> None:
         str(took.spilled_bytes),
         str(took.shared_bytes),
     ]
+
+
+def test_no_tile_has_fewer_tokens_than_a_part_of_a_page() -> None:
+    """Two tiles of a page would else leave their log-sum-exp in one place."""
+    for capability in [*tiles.SHARED_BYTES, (12, 0)]:
+        for head_dim, item_bytes, page_tokens in product(
+            range(16, 257, 16), (2, 4), layout.PAGE_TOKENS
+        ):
+            head_block = tiles.next_power_of_2(head_dim)
+            part = tiles.part_tokens(head_block, item_bytes, page_tokens)
+            assert page_tokens % part == 0
+            for items, describable in product((1, 16, 33, 64, 65, 4096), (False, True)):
+                tile = tiles.attend_tile(
+                    capability, head_block, item_bytes, items, page_tokens, describable=describable
+                )
+                assert tile.block_n >= part and tile.block_n % part == 0
+            for group in (1, 8, 16):
+                decode = tiles.decode_tile(capability, head_dim, item_bytes, group, page_tokens)
+                assert decode is None or decode.block_n == part
 
 
 def test_a_capability_without_tiles_of_its_own_gets_the_smaller_ones() -> None:
