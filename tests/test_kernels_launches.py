@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from dataclasses import replace
@@ -169,6 +170,36 @@ def test_windows_prefill_and_older_gpus_use_the_kernel_for_any_pages(fake: FakeD
     prefill, merge = fake.take()
     assert (prefill.name, merge.name) == ("attend_pages", "merge_parts")
     assert merge.early and merge.grid[0] == 300 * 8
+
+
+@pytest.mark.parametrize(("page_tokens", "parts"), [(16, 1), (64, 2)])
+def test_page_mass_is_one_parameter_more_and_one_kernel_at_the_end(
+    fake: FakeDriver, page_tokens: int, parts: int
+) -> None:
+    backend = TritonBackend((9, 0), NUM_SMS)
+    case = cases.with_work(_case(page_tokens=page_tokens), backend)
+    for num_pages in (400, 401, 400):
+        page_lse = backend.new_page_lse(case.pool, 2, 8, num_pages)
+        assert page_lse.parts == parts
+        _, lse = case.run(backend, torch.float16, page_lse)
+        decode, merge = fake.take()
+        assert (decode.name, merge.name) == ("decode_chunks", "merge_parts")
+        assert decode.number(5) == case.pool.layer_offset(LAYER)
+        assert decode.number(6) == page_lse.values.data_ptr()
+        assert decode.number(7) == case.pool.data.data_ptr()
+        assert decode.number(-3, ctypes.c_int32) == num_pages * parts * 8  # before Triton's scratch
+        mass = backend.page_mass(page_lse, lse)
+        (launch,) = fake.take()
+        assert launch.name == "mass_of_pages" and launch.grid == (2, 13, 1) and not launch.early
+        assert [launch.number(i) for i in range(3)] == [
+            mass.data_ptr(), page_lse.values.data_ptr(), lse.data_ptr(),
+        ]  # fmt: skip
+        assert launch.number(3, ctypes.c_int32) == num_pages
+        assert mass.shape == (2, 8, num_pages)
+    case.run(backend, torch.float16)
+    assert fake.take()[0].number(6) == case.pool.data.data_ptr()
+    assert fake.names.count("decode_chunks") == 2, "one that leaves page_lse, one that does not"
+    assert fake.names.count("mass_of_pages") == 1
 
 
 def test_store_is_one_kernel_and_nothing_without_tokens(fake: FakeDriver) -> None:

@@ -120,6 +120,15 @@ def test_float32_products_of_half_precision(make_backend: Any, seed: int) -> Non
     cases.check(case, result, tolerance=1e-5, expected=case.expected_quickly())
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_page_mass(rows: int, scattered: bool, make_backend: Any, seed: int) -> None:
+    shape = Shape(2, 7, 128, 64, "float16", (rows, 1), (900, 77), scattered=scattered)
+    case = make_case(shape, seed).to("cuda")
+    result = cases.check_mass(case, make_backend(), parts=2)
+    cases.check(case, result, expected=case.expected_quickly())
+
+
 def test_store_and_merge(make_backend: Any, seed: int) -> None:
     case = make_case(Shape(2, 4, 128, 64, "float16", (40,), (3000,)), seed).to("cuda")
     backend = make_backend()
