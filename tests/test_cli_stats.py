@@ -20,6 +20,7 @@ from tiermem.cli.manager_text import Rates, manager_lines
 from tiermem.cli.snapshot import Snapshot
 from tiermem.cli.table import text_width
 from tiermem.snapshots import snapshot_dir
+from tiermem.step_record import StepRecord
 from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
 
 
@@ -71,6 +72,7 @@ def example_stats(**changes: object) -> Stats:
         "device_used_bytes": 5 << 30, "device_total_bytes": 141 << 30, "rss_bytes": 7 << 30,
         "ssd_path": "/data/store", "ssd_disk_bytes": 9 << 30, "ssd_io": "io_uring, direct",
         "attended_bytes": 6 << 30, "attended_s": 0.1, "attended_limit_gb_per_s": 128.0,
+        "last_step": StepRecord(1, 8 << 30, 5 << 30, 1 << 30, 6 << 30, 0.06, 0.002, 0.1),
     }  # fmt: skip
     return Stats(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from texts import Q_HEADS, TOLERANCE, Text, config_of, run_step
 from tiermem import ConfigError, PageLayout, TierConfig, TierManager, TransferError
 from tiermem.device.simulated import SimulatedDevice
 from tiermem.hand_over import NUM_BUFFERS, HandOver
-from tiermem.ram_attention import RamPolicy
+from tiermem.ram_attention import FixedShare
 
 LAYERS = 2 * NUM_BUFFERS + 1
 
@@ -62,7 +62,7 @@ def test_shares_change_and_layers_are_attended_twice_or_not_at_all(
     ram, random = manager._core.ram, np.random.default_rng()
     assert isinstance(ram, HandOver)
     for share in random.uniform(0, 1, 8):
-        ram.policy = RamPolicy(float(share))
+        ram.policy = FixedShare(float(share))
         text.draw(1)
         with manager.step([text.sequence]) as step:
             for layer in range(LAYERS):

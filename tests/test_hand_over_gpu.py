@@ -9,7 +9,7 @@ from texts import Q_HEADS, TOLERANCE, Text, config_of
 
 from tiermem import PageLayout, TierConfig, TierManager
 from tiermem.hand_over import HandOver
-from tiermem.ram_attention import RamPolicy
+from tiermem.ram_attention import FixedShare
 
 pytestmark = pytest.mark.gpu
 
@@ -49,7 +49,7 @@ def test_every_share_is_exact(dtype: str) -> None:
         texts = [Text.new(manager) for _ in range(2)]
         errors = [run_step(manager, texts, [400, 150])]
         for share in [1.0, 0.0, *random.uniform(0, 1, 10)]:
-            ram.policy = RamPolicy(float(share))
+            ram.policy = FixedShare(float(share))
             errors.append(run_step(manager, texts, random.integers(1, 33, 2).tolist()))
         assert manager.stats().attended_bytes > 0
         manager.check()

@@ -30,6 +30,7 @@ from tiermem.limits import (
 from tiermem.machine import Machine
 from tiermem.measure.ceilings import Ceilings, Effort
 from tiermem.pools import Tier
+from tiermem.ram_attention import StepBytes
 from tiermem.ram_split import SplitRates
 from tiermem.rates import Rates
 from tiermem.stats import FlowStats
@@ -222,9 +223,8 @@ def test_beside_a_device_the_share_is_chosen_where_none_was_given(
     config = TierConfig(gpu="16KiB", ram="32KiB", cpu_share=share)
     with TierManager(layout, config, device=SimulatedDevice(total_bytes=1 << 28)) as manager:
         ram = manager._core.ram
-        assert (None if ram is None else ram.policy.fraction) == (
-            None if wanted is None else pytest.approx(wanted)
-        )
+        found = None if ram is None else ram.policy.fraction(StepBytes(1 << 30, 0, 1))
+        assert found == (None if wanted is None else pytest.approx(wanted))
 
 
 def one_thread_queue(threads: int, *, deadline_s: float) -> QueuedAttention:

@@ -14,7 +14,7 @@ from texts import PAGE, Q_HEADS, Text, config_of, layout_of
 from tiermem import PageLayout, TierConfig, TierManager, TierMemError, TransferError
 from tiermem.device.simulated import SimulatedDevice
 from tiermem.hand_over import NUM_BUFFERS, HandOver
-from tiermem.ram_attention import RamPolicy
+from tiermem.ram_attention import FixedShare
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -155,7 +155,7 @@ def test_handed_over_in_any_share(open_manager: Callable[..., TierManager]) -> N
     text = Text.new(manager)
     run_step(manager, [text], [300])
     for share in [0.0, 1.0, *random.uniform(0, 1, 5)]:
-        ram.policy = RamPolicy(float(share))
+        ram.policy = FixedShare(float(share))
         run_step(manager, [text], [int(random.integers(1, 9))])
 
 

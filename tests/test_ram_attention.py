@@ -13,9 +13,8 @@ from texts import Q_HEADS, TOLERANCE, Text, config_of, layout_of, run_step
 from tiermem import ConfigError, Step, TierConfig, TierManager, TransferError
 from tiermem._core import Tier
 from tiermem.attention.cpus import usable_cpus
-from tiermem.build import MOST_ROWS
 from tiermem.device.simulated import SimulatedDevice
-from tiermem.ram_attention import RamPolicy
+from tiermem.ram_attention import MOST_ROWS, FixedShare
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -43,7 +42,7 @@ def test_shares_may_change_at_every_step() -> None:
         worst = run_step(manager, [text], [400])
         random = np.random.default_rng()
         for share in [0.0, 1.0, *random.uniform(0, 1, 20)]:
-            ram.policy = RamPolicy(float(share), None)
+            ram.policy = FixedShare(float(share), None)
             worst = max(worst, run_step(manager, [text], [int(random.integers(1, 6))]))
     assert worst < TOLERANCE["float16"]
 

@@ -30,7 +30,14 @@ from tiermem.lease import Leases
 from tiermem.limits import share_at_start, split_rates
 from tiermem.pools import SlotPool, Tier
 from tiermem.prefix import Prefixes
-from tiermem.ram_attention import MOST_ROWS, DirectAttention, RamAttention, RamPolicy, warm_view
+from tiermem.ram_attention import (
+    DirectAttention,
+    FixedShare,
+    RamAttention,
+    RamPolicy,
+    warm_view,
+)
+from tiermem.ram_balance import RamBalance
 from tiermem.room import Room, Watermarks
 from tiermem.store import ColdStore
 from tiermem.streaming import NUM_HALVES, Ring
@@ -171,13 +178,16 @@ def _ram_attention(
 ) -> RamAttention | None:
     on_cpu = device.kind is DeviceKind.CPU
     threads = config.cpu_threads or cpus_beside_gpu()
-    share = config.cpu_share
+    share, rates = config.cpu_share, split_rates(made, layout.dtype, threads)
     if share is None:
-        share = 1.0 if on_cpu else share_at_start(split_rates(made, layout.dtype, threads))
+        share = 1.0 if on_cpu else share_at_start(rates)
     if pool is None or share == 0:
         return None
-    # On the CPU device nothing is gained by copying pages, whatever the number of rows.
-    policy = RamPolicy(share, None if on_cpu else MOST_ROWS)
+    policy: RamPolicy = FixedShare(share)
+    if on_cpu:  # nothing is gained by copying pages, whatever the number of rows
+        policy = FixedShare(share, None)
+    elif config.cpu_share is None and rates is not None:
+        policy = RamBalance(rates)
     view = warm_view(layout, pool)
     if on_cpu and isinstance(backend, HostBackend):
         return DirectAttention(view, backend, policy)

@@ -13,6 +13,7 @@ from tiermem.attention.pool_view import PagedTables
 from tiermem.core import Core
 from tiermem.plan import NO_PAGE, Plan, Share
 from tiermem.pools import Ids, Slots, Tier
+from tiermem.ram_attention import StepBytes
 from tiermem.streaming import NUM_HALVES, SliceLoad
 from tiermem.upload import Upload
 
@@ -68,13 +69,22 @@ def hot_token_slots(core: Core, plan: Plan, upload: Upload) -> torch.Tensor:
     return upload.put(np.concatenate(parts))
 
 
-def ram_places(core: Core, plan: Plan) -> list[Slots]:
+def step_bytes(core: Core, plan: Plan) -> StepBytes:
+    """What the step needs of lower tiers."""
+    homes = np.concatenate([share.homes[: share.first_written] for share in plan.shares])
+    size = core.layout.page_bytes
+    ram, cold = (int((homes == tier).sum()) * size for tier in (Tier.RAM, Tier.SSD))
+    return StepBytes(ram, cold, max(share.new_tokens for share in plan.shares))
+
+
+def ram_places(core: Core, plan: Plan, wanted: StepBytes) -> list[Slots]:
     """For each sequence, the indices of its pages that are attended in RAM."""
-    none = np.empty(0, dtype=np.int64)
+    if core.ram is None:
+        return [np.empty(0, dtype=np.int64) for _ in plan.shares]
+    policy = core.ram.policy
+    fraction = policy.fraction(wanted)
     return [
-        none
-        if core.ram is None
-        else core.ram.policy.choose(share.homes[: share.first_written], share.new_tokens)
+        policy.choose(share.homes[: share.first_written], share.new_tokens, fraction)
         for share in plan.shares
     ]
 

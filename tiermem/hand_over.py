@@ -7,6 +7,8 @@ then another word, for which the stream waits. So the host enqueues a whole step
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +63,37 @@ class Job:
     """On the device: where the pages' log-sum-exp goes."""
 
 
+class _Waits:
+    """How long a GPU's compute stream waits for results, by its own clock."""
+
+    def __init__(self, *, is_timed: bool) -> None:
+        self._is_timed = is_timed
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._count = 0
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Note when the stream comes to what is enqueued within, and when it is past it."""
+        if not self._is_timed:
+            yield
+            return
+        if self._count == len(self._events):
+            self._events.append((_timed_event(), _timed_event()))
+        before, after = self._events[self._count]
+        self._count += 1
+        before.record()
+        yield
+        after.record()
+
+    def take(self) -> float | None:
+        """Seconds of all waits that have ended, and forget them; None where there is no such clock."""
+        waits, self._count = self._events[: self._count], 0
+        if not self._is_timed:
+            return None
+        ended = [float(before.elapsed_time(after)) for before, after in waits if after.query()]
+        return sum(ended) / 1e3
+
+
 class HandOver:
     """Hands attention over the pages of `pool` to threads; one step at a time.
 
@@ -82,6 +115,7 @@ class HandOver:
         self._items = (0, 0, 0)
         self._jobs: list[Job] = []
         self._used: Event | None = None
+        self._waits = _Waits(is_timed=device.torch_device.type == "cuda")
         self._places: tuple[QueuedTables, PagePlaces] | None = None
 
     def tables(self, tables: PagedTables) -> QueuedTables:
@@ -142,7 +176,8 @@ class HandOver:
 
         Ordering: they are valid for what is enqueued before NUM_BUFFERS more jobs begin.
         """
-        self._device.wait_word(self._words.address + WORD_BYTES, job.value)
+        with self._waits.timed():
+            self._device.wait_word(self._words.address + WORD_BYTES, job.value)
         if job.page_lse is not None:
             self._place(job, job.page_lse)
         rows, heads, head_dim = job.shape
@@ -157,6 +192,7 @@ class HandOver:
         TransferError: one failed; its result was NaN.
         """
         outcomes = [self._wait(job) for job in self._jobs]
+        awaited_s = self._waits.take()
         self._jobs.clear()
         self._places = None
         self._used = self._device.compute_stream().record()
@@ -166,6 +202,7 @@ class HandOver:
         return RamWork(
             sum(outcome.bytes_read for outcome in outcomes),
             sum(outcome.attended_s for outcome in outcomes),
+            awaited_s,
         )
 
     def close(self, timeout_s: float) -> bool:
@@ -257,3 +294,7 @@ def _pages_of(flat: torch.Tensor, shape: tuple[int, int, int], num_pages: int) -
     """The part of a buffer that a job of this shape uses: (rows, heads, num_pages)."""
     rows, heads, _ = shape
     return flat[: rows * heads * num_pages].view(rows, heads, num_pages)
+
+
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)

@@ -34,6 +34,7 @@ from tiermem.sequence import Sequence, check_token_ids
 from tiermem.snapshots import Publisher
 from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
 from tiermem.step import Step
+from tiermem.step_record import StepRecord
 from tiermem.store import ColdStore
 
 log = logging.getLogger("tiermem")
@@ -80,6 +81,7 @@ class TierManager:
         self._step: Step | None = None
         self._closed = False
         self._counts = {"steps": 0, "prompt_tokens": 0, "attached_tokens": 0}
+        self._last_step: StepRecord | None = None
         self._reads = dict.fromkeys(Tier, 0)
         self._started_s = time.time()
         self._device = device if device is not None else open_device(config.device)[0]
@@ -244,6 +246,7 @@ class TierManager:
             attended_bytes=core.mover.meter.attended_bytes,
             attended_s=core.mover.meter.attended_s,
             attended_limit_gb_per_s=self._attended_limit,
+            last_step=self._last_step,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -289,9 +292,15 @@ class TierManager:
             raise TierMemError("a step is still running: it must end before the next begins")
         self._step = step
 
-    def step_ended(self, sequences: list[Sequence], reads: dict[Tier, int]) -> None:
-        """The running step was left, or never came to run; `reads` are the old pages it found in each tier."""
+    def step_ended(
+        self, sequences: list[Sequence], reads: dict[Tier, int], record: StepRecord | None
+    ) -> None:
+        """The running step was left, or never came to run; `reads` are the old pages it found in each tier.
+
+        `record` is None where it was undone.
+        """
         self._step = None
+        self._last_step = record or self._last_step
         for sequence in sequences:  # the order of last use
             self._sequences.pop(sequence)
             self._sequences[sequence] = None

@@ -23,32 +23,72 @@ MOST_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class RamPolicy:
-    """Which pages the CPU attends in RAM; the other ones there are streamed to the device.
-
-    Parameters
-    ----------
-    fraction: of a sequence's old pages that are in RAM alone, 0 to 1.
-    most_rows: sequences with more new tokens have none; None: any number.
-    """
-
-    fraction: float
-    most_rows: int | None = MOST_ROWS
-
-    def choose(self, homes: Slots, new_tokens: int) -> Slots:
-        """Indices of the pages of one sequence that are attended in RAM; `homes` are the tiers of its old ones."""
-        places = np.flatnonzero(homes == Tier.RAM)
-        if self.most_rows is not None and new_tokens > self.most_rows:
-            return places[:0]
-        return places[: round(self.fraction * len(places))]
-
-
-@dataclass(frozen=True, slots=True)
 class RamWork:
-    """What the CPU did for a step: bytes of K and V that it read, and the seconds that took."""
+    """What the CPU did for a step: bytes of K and V that it read, and the seconds that took.
+
+    `awaited_s`: how long the device waited for it; None where that is not known.
+    """
 
     num_bytes: int
     seconds: float
+    awaited_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """Old K and V that a step needs and that are not hot: bytes in RAM alone, and on the SSD alone.
+
+    `new_tokens`: the most of a sequence.
+    """
+
+    ram: int
+    cold: int
+    new_tokens: int
+
+
+class RamPolicy(Protocol):
+    """Which pages the CPU attends in RAM; the other ones there are streamed to the device."""
+
+    def fraction(self, wanted: StepBytes) -> float:
+        """Of pages that are in RAM alone, for a step that needs `wanted`."""
+
+    def choose(self, homes: Slots, new_tokens: int, fraction: float) -> Slots:
+        """Indices of the pages of one sequence that are attended in RAM; `homes` are the tiers of its old ones."""
+
+    def learn(self, wanted: StepBytes, work: RamWork, elapsed_s: float) -> None:
+        """A step took `elapsed_s` from when the link began, and the CPU did `work` for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedShare:
+    """The same share of every step.
+
+    Parameters
+    ----------
+    share: of a sequence's old pages that are in RAM alone, 0 to 1.
+    most_rows: sequences with more new tokens have none; None: any number.
+    """
+
+    share: float
+    most_rows: int | None = MOST_ROWS
+
+    def fraction(self, wanted: StepBytes) -> float:  # noqa: ARG002 - whatever is wanted
+        """The share."""
+        return self.share
+
+    def choose(self, homes: Slots, new_tokens: int, fraction: float) -> Slots:
+        """The first ones of those in RAM."""
+        too_many = self.most_rows is not None and new_tokens > self.most_rows
+        return first_places(homes, 0.0 if too_many else fraction)
+
+    def learn(self, wanted: StepBytes, work: RamWork, elapsed_s: float) -> None:
+        """Nothing: it is fixed."""
+
+
+def first_places(homes: Slots, fraction: float) -> Slots:
+    """The first of the indices of pages that are in RAM."""
+    places = np.flatnonzero(homes == Tier.RAM)
+    return places[: round(fraction * len(places))]
 
 
 class RamAttention(Protocol):
@@ -137,7 +177,7 @@ class DirectAttention:
 
     def settle(self) -> RamWork:
         """Nothing is left to wait for."""
-        work = RamWork(self._bytes, self._seconds)
+        work = RamWork(self._bytes, self._seconds, self._seconds)
         self._bytes, self._seconds = 0, 0.0
         return work
 

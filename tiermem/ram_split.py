@@ -7,8 +7,8 @@ handed over, each in T_h. Both end at once for
 
     f = ((X + Y) / B_link - T_gpu - L T_h) / (X / B_link + X / B_cpu)
 
-or, where that is not between 0 and 1, for the nearer of them. Either is left to itself where it is faster so: a step
-never takes longer than with the link or the CPU alone.
+or, where that is not between 0 and 1, for the nearer of them. Either is left to itself where it is faster so: a
+step never takes longer than with the link or the CPU alone.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from tiermem.step_record import StepRecord
+
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
@@ -73,6 +75,7 @@ class Stats:
 
     `attended_bytes` of K and V were attended by the CPU where they lie in RAM, in `attended_s` seconds;
     `attended_limit_gb_per_s` is the rate at which it was measured to read RAM, None where it was not.
+    `last_step` is the newest one that was not undone.
     """
 
     pid: int
@@ -103,6 +106,7 @@ class Stats:
     attended_bytes: int
     attended_s: float
     attended_limit_gb_per_s: float | None
+    last_step: StepRecord | None = None
 
     @property
     def attended_gb_per_s(self) -> float:
@@ -135,4 +139,6 @@ class Stats:
             "attended_share_of_limit": self.attended_share_of_limit,
         }
         flows = [{**asdict(flow), "share_of_limit": flow.share_of_limit} for flow in self.flows]
-        return {**asdict(self), "flows": flows, **derived}
+        step = self.last_step
+        last_step = None if step is None else {**asdict(step), "limit": step.limit}
+        return {**asdict(self), "flows": flows, "last_step": last_step, **derived}

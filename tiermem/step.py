@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -13,16 +14,26 @@ from tiermem import trace
 from tiermem.attention.arguments import check_attend
 from tiermem.attention.page_lse import PageLse
 from tiermem.attention.partial_sums import PartialSums
-from tiermem.chunks import Chunk, hot_tables, hot_token_slots, make_chunks, ram_places, ram_tables
+from tiermem.chunks import (
+    Chunk,
+    hot_tables,
+    hot_token_slots,
+    make_chunks,
+    ram_places,
+    ram_tables,
+    step_bytes,
+)
 from tiermem.core import Core
 from tiermem.device.protocol import Event
 from tiermem.errors import ClosedError, CorruptPageError, TierMemError, TransferError
 from tiermem.lookahead import Lookahead
 from tiermem.plan import Plan
 from tiermem.planner import make_plan, plan_resident
-from tiermem.pools import Ids, Tier, as_ids
+from tiermem.pools import Ids, Slots, Tier, as_ids
+from tiermem.ram_attention import RamWork, StepBytes
 from tiermem.resident import ResidentPool, ResidentTables
 from tiermem.sequence import Sequence
+from tiermem.step_record import StepRecord
 from tiermem.upload import Upload
 
 
@@ -56,7 +67,9 @@ class StepOwner(Protocol):
 
     def step_begins(self, step: Step) -> None: ...
 
-    def step_ended(self, sequences: list[Sequence], reads: dict[Tier, int]) -> None: ...
+    def step_ended(
+        self, sequences: list[Sequence], reads: dict[Tier, int], record: StepRecord | None
+    ) -> None: ...
 
 
 class Step:
@@ -90,6 +103,8 @@ class Step:
         self._ram_tables: Any = None
         self._checksums: dict[int, list[np.ndarray]] = {}
         self._saves: list[Event] = []
+        self._wanted = StepBytes(0, 0, 0)
+        self._start_s = 0.0
         self._next_layer = 0
         self._resident: ResidentTables | None = None
         self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -102,6 +117,7 @@ class Step:
         trace.begin("step")
         self._set_running(True)  # before planning: the open pages of these sequences are not idle
         core.leases.step_begins(self._sequences)
+        self._start_s = time.perf_counter()
         try:
             self._plan = plan_resident(core, self._sequences, self._new_tokens)
             if self._plan is None:
@@ -110,7 +126,7 @@ class Step:
         except BaseException:
             if self._plan is not None:
                 self._end(self._plan, None, as_ids([]))
-            self._leave({})
+            self._leave({}, None)
             raise
         return self
 
@@ -122,15 +138,16 @@ class Step:
     ) -> None:
         plan = self._running_plan()
         replaced: Ids | None = None
+        record: StepRecord | None = None
         try:
             if error is None:
                 self._check_complete(plan)
-                self._settle_ram()
+                record = self._record(plan, self._settle_ram())
                 replaced = self._commit(plan)
         finally:
             damaged = error.pages if isinstance(error, CorruptPageError) else ()
             self._end(plan, replaced, as_ids(damaged))
-            self._leave(plan.reads)
+            self._leave(plan.reads, record if replaced is not None else None)
 
     # ---- the body ----------------------------------------------------------------------------------
 
@@ -251,10 +268,13 @@ class Step:
             return
         core = self._core
         upload = Upload(core.device.torch_device)
-        in_ram = [] if plan.is_resident else ram_places(core, plan)
+        in_ram: list[Slots] = []
         if not plan.is_resident:
+            self._wanted = step_bytes(core, plan)
+            in_ram = ram_places(core, plan, self._wanted)
             self._chunks = make_chunks(core, plan, in_ram, upload)
             self._lookahead = Lookahead(core.ring, self._chunks, core.layout.num_layers)
+            self._start_s = time.perf_counter()
             self._lookahead.advance()  # the link is at work while the rest is made
         self._tables = hot_tables(core, plan, upload)
         self._token_slots = hot_token_slots(core, plan, upload)
@@ -348,13 +368,31 @@ class Step:
 
     # ---- the end -----------------------------------------------------------------------------------
 
-    def _settle_ram(self) -> None:
+    def _settle_ram(self) -> RamWork:
         """What was handed to the CPU has ended, well or by an error."""
         ram = self._core.ram
-        if ram is not None and self._ram_tables is not None:
-            self._ram_tables = None
-            work = ram.settle()
-            self._core.mover.meter.attend(work.num_bytes, work.seconds)
+        if ram is None or self._ram_tables is None:
+            return RamWork(0, 0.0)
+        self._ram_tables = None
+        work = ram.settle()
+        self._core.mover.meter.attend(work.num_bytes, work.seconds)
+        return work
+
+    def _record(self, plan: Plan, work: RamWork) -> StepRecord:
+        """What the step was, for whoever looks and for the share of the next ones."""
+        elapsed_s, ram = time.perf_counter() - self._start_s, self._core.ram
+        if ram is not None and work.num_bytes:
+            ram.policy.learn(self._wanted, work, elapsed_s)
+        return StepRecord(
+            new_tokens=plan.num_rows,
+            resident_bytes=plan.reads[Tier.GPU] * self._core.layout.page_bytes,
+            streamed_bytes=self._wanted.ram - work.num_bytes,
+            cold_bytes=self._wanted.cold,
+            attended_bytes=work.num_bytes,
+            attended_s=work.seconds,
+            awaited_s=work.awaited_s,
+            elapsed_s=elapsed_s,
+        )
 
     def _check_complete(self, plan: Plan) -> None:
         num_layers = self._core.layout.num_layers
@@ -416,10 +454,10 @@ class Step:
             core.in_flight.drain()  # steps that ended before may still hold the same copies
             core.mover.quarantine(damaged, Tier.SSD)
 
-    def _leave(self, reads: dict[Tier, int]) -> None:
+    def _leave(self, reads: dict[Tier, int], record: StepRecord | None) -> None:
         trace.end()
         self._set_running(False)
-        self._owner.step_ended(self._sequences, reads)
+        self._owner.step_ended(self._sequences, reads, record)
 
     def _set_running(self, running: bool) -> None:
         for sequence in self._sequences:

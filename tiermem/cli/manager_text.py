@@ -15,6 +15,7 @@ from tiermem.cli.human import (
 from tiermem.cli.snapshot import Snapshot
 from tiermem.cli.table import Table, clip, pairs, printable
 from tiermem.stats import FlowStats, Stats, TierStats
+from tiermem.step_record import StepRecord
 
 MOST_SEQUENCES = 8
 """More open sequences than this are counted, not listed."""
@@ -125,6 +126,8 @@ def facts(stats: Stats) -> Table:
         ("SSD", _ssd_text(stats)),
         ("model", stats.model_id or NOTHING),
     ]
+    if stats.last_step is not None:
+        rows.append(("last step", step_text(stats.last_step)))
     if stats.attended_bytes:
         rows.append(("attended in RAM", attended_text(stats)))
     if stats.failed_transfers or stats.corrupt_pages:
@@ -183,6 +186,19 @@ def attended_text(stats: Stats) -> str:
     text = f"{size_text(stats.attended_bytes)} by the CPU, {rate_text(stats.attended_gb_per_s)}"
     share = stats.attended_share_of_limit
     return text if share is None else f"{text}, {share_text(share)} of RAM reads"
+
+
+def step_text(step: StepRecord) -> str:
+    """What a step read from where, and what limited it."""
+    parts = {
+        "on the GPU": step.resident_bytes,
+        "from RAM": step.streamed_bytes,
+        "from SSD": step.cold_bytes,
+        "attended in RAM": step.attended_bytes,
+    }
+    read = [f"{size_text(count)} {where}" for where, count in parts.items() if count]
+    tokens = f"{count_text(step.new_tokens)} new token{'' if step.new_tokens == 1 else 's'}"
+    return f"{tokens}; K and V: {', '.join(read) or 'none'}; limited by the {step.limit}"
 
 
 def _host_memory_text(stats: Stats) -> str:

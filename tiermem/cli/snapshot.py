@@ -8,8 +8,9 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
 from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
+from tiermem.step_record import StepRecord
 
-Part = TypeVar("Part", TierStats, FlowStats, SequenceStats)
+Part = TypeVar("Part", TierStats, FlowStats, SequenceStats, StepRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ def read_stats(document: Mapping[str, Any]) -> Stats:
     values["tiers"] = _parts(TierStats, document["tiers"])
     values["flows"] = _parts(FlowStats, document["flows"])
     values["sequences"] = _parts(SequenceStats, document["sequences"])
+    steps = [] if document["last_step"] is None else [document["last_step"]]
+    values["last_step"] = next(iter(_parts(StepRecord, steps)), None)
     return Stats(**values)
 
 

@@ -1,0 +1,95 @@
+"""RamBalance: finds the share with which a machine's steps end first, whatever it was told about that machine."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tiermem.pools import Tier
+from tiermem.ram_attention import MOST_ROWS, RamWork, StepBytes
+from tiermem.ram_balance import RamBalance
+from tiermem.ram_split import SplitRates, SplitWork, split_time
+
+X = 24 * 10**9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step really takes there: rates beside each other, bytes/s, and the time without queries."""
+
+    link: float
+    cpu: float
+    idle_s: float
+
+    def step(self, wanted: StepBytes, fraction: float) -> tuple[RamWork, float]:
+        """What the CPU does of it, and how long it takes."""
+        attended = int(fraction * wanted.ram)
+        cpu_s, link_s = attended / self.cpu, (wanted.ram - attended + wanted.cold) / self.link
+        elapsed_s = max(self.idle_s + cpu_s, link_s)
+        # the GPU waits for the CPU where that is last, all of the time that it attends
+        awaited_s = cpu_s if self.idle_s + cpu_s > link_s else 0.0
+        return RamWork(attended, cpu_s, awaited_s), elapsed_s
+
+    def best_s(self, wanted: StepBytes) -> float:
+        """With the best of many shares."""
+        work = SplitWork(wanted.ram, wanted.cold, gpu_s=self.idle_s)
+        rates = SplitRates(self.link, self.cpu)
+        return min(split_time(work, rates, f) for f in np.linspace(0, 1, 2001))
+
+
+def settled_s(balance: RamBalance, machine: Machine, wanted: StepBytes, steps: int = 30) -> float:
+    """Seconds of a step, on the mean of the last ones of so many."""
+    times = []
+    for _ in range(steps):
+        work, elapsed_s = machine.step(wanted, balance.fraction(wanted))
+        balance.learn(wanted, work, elapsed_s)
+        times.append(elapsed_s)
+    return sum(times[-10:]) / 10
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_it_comes_close_to_the_best_share_of_any_machine(seed: int) -> None:
+    pick = random.Random(seed)
+    machine = Machine(pick.uniform(10e9, 60e9), pick.uniform(20e9, 150e9), pick.uniform(0, 0.05))
+    told = SplitRates(machine.link * pick.uniform(0.6, 1.6), machine.cpu * pick.uniform(0.5, 2.0))
+    balance = RamBalance(told)
+    wanted = StepBytes(X, pick.choice([0, 10**9]), 1)
+    assert settled_s(balance, machine, wanted) < 1.06 * machine.best_s(wanted)
+
+
+def test_it_follows_a_machine_that_changes() -> None:
+    wanted = StepBytes(X, 0, 1)
+    balance = RamBalance(SplitRates(55e9, 100e9))
+    for machine in (
+        Machine(55e9, 100e9, 0.03),
+        Machine(55e9, 60e9, 0.03),
+        Machine(30e9, 60e9, 0.01),
+    ):
+        assert settled_s(balance, machine, wanted) < 1.06 * machine.best_s(wanted)
+
+
+def test_steps_of_several_tokens_have_a_share_of_their_own() -> None:
+    balance = RamBalance(SplitRates(55e9, 100e9))
+    for new_tokens, machine in ((1, Machine(55e9, 100e9, 0.03)), (8, Machine(55e9, 20e9, 0.03))):
+        wanted = StepBytes(X, 0, new_tokens)
+        assert settled_s(balance, machine, wanted) < 1.06 * machine.best_s(wanted)
+    assert balance.fraction(StepBytes(X, 0, 8)) < balance.fraction(StepBytes(X, 0, 1))
+
+
+def test_what_it_cannot_judge_changes_nothing() -> None:
+    balance, wanted = RamBalance(SplitRates(55e9, 100e9)), StepBytes(X, 0, 1)
+    before = balance.fraction(wanted)
+    for work in (RamWork(0, 0.0, 0.0), RamWork(X, 1.0, 0.5), RamWork(X // 2, 0.2, None)):
+        balance.learn(wanted, work, 1.0)
+    assert balance.fraction(wanted) == before
+    assert balance.fraction(StepBytes(0, X, 1)) == 0
+
+
+def test_long_steps_have_nothing_attended_in_ram() -> None:
+    homes = np.array([Tier.GPU, Tier.RAM, Tier.RAM, Tier.SSD, Tier.RAM], dtype=np.int64)
+    balance = RamBalance(SplitRates(55e9, 100e9))
+    assert balance.choose(homes, MOST_ROWS, 0.7).tolist() == [1, 2]
+    assert balance.choose(homes, MOST_ROWS + 1, 0.7).tolist() == []
