@@ -20,8 +20,8 @@ from tiermem.cli.manager_text import Rates, manager_lines
 from tiermem.cli.snapshot import Snapshot
 from tiermem.cli.table import text_width
 from tiermem.snapshots import snapshot_dir
-from tiermem.step_record import StepRecord
 from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
+from tiermem.step_record import StepRecord
 
 
 @pytest.fixture(autouse=True)
