@@ -135,6 +135,12 @@ def test_page_lse_of_other_parts_is_refused() -> None:
         case.run(backend, page_lse=PageLse.empty(1, 4, 2, cpu))
     with pytest.raises(ValueError, match="1 pages: must be at least 2"):
         case.run(backend, page_lse=PageLse.empty(1, 4, 1, cpu, parts=2))
+    case.run(backend, page_lse=PageLse.empty(1, 4, 2, cpu, parts=2))
+    # What was prepared for one is not taken for another.
+    with pytest.raises(ValueError, match="1 parts a page: must be 2"):
+        case.run(backend, page_lse=PageLse.empty(1, 4, 4, cpu))
+    with pytest.raises(TypeError, match="float64"):
+        case.run(backend, page_lse=PageLse.empty(1, 4, 2, cpu, parts=2, dtype=torch.float64))
 
 
 def test_steps_over_hot_streamed_and_handed_over_pages() -> None:

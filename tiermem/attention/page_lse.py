@@ -98,6 +98,12 @@ class PageLse:
         shape = (num_rows, num_pages * parts, num_heads)
         return cls(torch.full(shape, -math.inf, dtype=dtype, device=device), num_pages, parts)
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Everything but the address: what serves one serves all others of the same form."""
+        values = self.values
+        return (values.shape, values.stride(), values.dtype, values.device, self.parts)
+
     def of_rows(self, rows: slice) -> PageLse:
         """What belongs to some of the query rows: a view."""
         return PageLse(self.values[rows], self.num_pages, self.parts)

@@ -105,7 +105,7 @@ class TritonBackend:
         stream = kernels.current_stream()
         key = (
             id(self), id(pool), q.shape, q.stride(), q.dtype, q.data_ptr() % 16, device,
-            scale, window, out_dtype, stream, None if page_lse is None else page_lse.values.shape,
+            scale, window, out_dtype, stream, None if page_lse is None else page_lse.form,
         )  # fmt: skip
         launch = tables.prepared.get(key)
         if launch is None or launch.backend is not self or launch.pool is not pool:
@@ -147,7 +147,7 @@ class TritonBackend:
         if mass.numel() == 0:
             return mass
         kernels = self._kernels_of(values.get_device())
-        key = (values.get_device(), values.shape, page_lse.parts)
+        key = page_lse.form
         launch = self._masses.get(key)
         if launch is None:
             launch = bind_mass(kernels, page_lse)
