@@ -21,7 +21,7 @@ from tiermem.attention import ProductMath, SlotHolds, backend_for
 from tiermem.attention.backend import AttentionBackend
 from tiermem.graphs import CapturedDecode
 from tiermem.hand_over import HandOver
-from tiermem.ram_attention import RamPolicy
+from tiermem.ram_attention import FixedShare
 from tiermem.step import Step
 
 pytestmark = pytest.mark.gpu
@@ -180,7 +180,7 @@ def test_every_share_of_a_step(dtype: str, page_tokens: int) -> None:
         texts = [Text.new(manager) for _ in range(2)]
         run_step(manager, texts, [900, 350])
         for share in [1.0, 0.0, *random.uniform(0, 1, 6)]:
-            ram.policy = RamPolicy(float(share))
+            ram.policy = FixedShare(float(share))
             run_step(manager, texts, random.integers(1, 33, 2).tolist())
         run_step(manager, texts, [4, 1], window=200)
         assert manager.stats().attended_bytes > 0
