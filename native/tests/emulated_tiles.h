@@ -71,30 +71,24 @@ struct Emulated {
     }
   }
   static void interleave(const Bfloat* a, const Bfloat* b, Pair* first, Pair* second) {
-    for (int i = 0; i < kStepItems; ++i) {
-      Pair& to = (i % 8 < 4 ? first : second)[i / 8 * 4 + i % 4];
-      to = a[i].bits | static_cast<Pair>(b[i].bits) << 16;
+    for (int i = 0; i < kTileRows; ++i) {
+      const int at = i / 4 * 8 + i % 4;
+      first[i] = a[at].bits | static_cast<Pair>(b[at].bits) << 16;
+      second[i] = a[at + 4].bits | static_cast<Pair>(b[at + 4].bits) << 16;
     }
   }
   static void transpose(const float* from, Pair* to) {
     for (int i = 0; i < kTilePairs; ++i) to[i] = bits_of(from[i % kTileRows * kTileRows + i / kTileRows]);
   }
   static Vec high_pair(Vec a, Vec b) {
-    for (int i = 0; i < Isa::kLanes; ++i) {
-      a[i] = float_of(bits_of(a[i]) >> 16 | (bits_of(b[i]) & 0xFFFF'0000U));
-    }
-    return a;
+    return reinterpret_cast<Vec>(words(a) >> 16 | (words(b) & 0xFFFF'0000U));
   }
-  static Vec rest(Vec a) {
-    for (int i = 0; i < Isa::kLanes; ++i) a[i] -= float_of(bits_of(a[i]) & 0xFFFF'0000U);
-    return a;
-  }
-  static Vec add_power(Vec y, Vec x) {
-    for (int i = 0; i < Isa::kLanes; ++i) y[i] = float_of(bits_of(y[i]) + (bits_of(x[i]) << 23));
-    return y;
-  }
+  static Vec rest(Vec a) { return a - reinterpret_cast<Vec>(words(a) & 0xFFFF'0000U); }
+  static Vec add_power(Vec y, Vec x) { return reinterpret_cast<Vec>(words(y) + (words(x) << 23)); }
 
  private:
+  typedef Pair Words __attribute__((vector_size(sizeof(Vec))));
+  static Words words(Vec v) { return reinterpret_cast<Words>(v); }
   static void store(Pair* to, Vec v) { Isa::store(reinterpret_cast<float*>(to), v); }
 };
 
