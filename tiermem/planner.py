@@ -224,6 +224,8 @@ class Planner:
         if len(missing) == 0:
             return
         got = self._core.room.gain(Tier.GPU, len(missing))
+        if got == 0:
+            return
         self._plan.promotions = self._core.promote(missing[:got])
         for transfer in self._plan.promotions:
             transfer.check()  # one that failed may have been reaped: its pages have no copy to pin

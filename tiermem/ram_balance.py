@@ -19,6 +19,8 @@ LATE = 0.05
 """Of a step: with a GPU that waits longer than this for the CPU, the CPU was last."""
 HOPE = 0.01
 """By which what was only bounded is taken to be better than that: without it, any share would confirm itself."""
+FORGET = 0.5
+"""Of the time without queries, a step in which the CPU had nothing to do."""
 ROWS_SLOWER = 0.5
 """Of the CPU's rate, by which twice as many new tokens are guessed to cost, before it was seen."""
 
@@ -42,6 +44,8 @@ class RamBalance:
 
     def fraction(self, wanted: StepBytes) -> float:
         """Of pages that are in RAM alone, for a step that needs `wanted`."""
+        if wanted.new_tokens > self.most_rows:
+            return 0.0
         pace = self._pace(wanted.new_tokens)
         work = SplitWork(wanted.ram, wanted.cold, gpu_s=pace.idle_s)
         rates = replace(self._rates, link=self._link, cpu=pace.cpu, cpu_alone=None)
@@ -53,10 +57,17 @@ class RamBalance:
 
     def learn(self, wanted: StepBytes, work: RamWork, elapsed_s: float) -> None:
         """A step took `elapsed_s` from when the link began, and the CPU did `work` for it."""
-        streamed = wanted.ram - work.num_bytes + wanted.cold
-        if work.num_bytes <= 0 or work.seconds <= 0 or streamed <= 0 or work.awaited_s is None:
+        if wanted.ram == 0 or wanted.new_tokens > self.most_rows:
             return
         pace = self._pace(wanted.new_tokens)
+        if work.num_bytes == 0:
+            # Nothing can be learned without it: one slow step must not end it for good.
+            pace.idle_s *= FORGET
+            pace.cpu *= 1 + HOPE
+            return
+        streamed = wanted.ram - work.num_bytes + wanted.cold
+        if work.seconds <= 0 or streamed <= 0 or work.awaited_s is None:
+            return
         pace.cpu = _mixed(pace.cpu, work.num_bytes / work.seconds)
         link, idle_s = streamed / elapsed_s, max(elapsed_s - work.seconds, 0.0)
         if work.awaited_s > LATE * elapsed_s:

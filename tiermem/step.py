@@ -381,7 +381,7 @@ class Step:
     def _record(self, plan: Plan, work: RamWork) -> StepRecord:
         """What the step was, for whoever looks and for the share of the next ones."""
         elapsed_s, ram = time.perf_counter() - self._start_s, self._core.ram
-        if ram is not None and work.num_bytes:
+        if ram is not None:
             ram.policy.learn(self._wanted, work, elapsed_s)
         return StepRecord(
             new_tokens=plan.num_rows,

@@ -81,7 +81,7 @@ def add_parser(kinds: Commands[CommandParser]) -> None:
     parser.add_argument(
         "--prefill-chunk", type=int_from(1, 1 << 20), default=2048, help="tokens of a call (2048)"
     )
-    parser.add_argument("--page-tokens", type=int, choices=PAGE_TOKENS, help="tokens a page (64)")
+    parser.add_argument("--page-tokens", type=int, choices=PAGE_TOKENS, help="tokens a page (128)")
     parser.add_argument(
         "--baselines",
         metavar="NAMES",

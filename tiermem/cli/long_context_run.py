@@ -48,7 +48,7 @@ from tiermem.forecast.budget import RESERVE_BYTES
 from tiermem.model_shape import ModelShape, TierSizes
 from tiermem.units import Size, SizeKind
 
-FULL = {"context": "128k", "gpu": "8GiB", "new_tokens": "32", "page_tokens": "64"}
+FULL = {"context": "128k", "gpu": "8GiB", "new_tokens": "32", "page_tokens": "128"}
 QUICK = {"context": "256,512", "gpu": "96KiB,128KiB", "new_tokens": "4", "page_tokens": "16"}
 QUICK_MODEL = "tiny"
 MOST_WEIGHTS = 0.9
