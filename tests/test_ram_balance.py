@@ -79,10 +79,14 @@ def test_steps_of_several_tokens_have_a_share_of_their_own() -> None:
     assert balance.fraction(StepBytes(X, 0, 8)) < balance.fraction(StepBytes(X, 0, 1))
 
 
-def test_a_step_that_took_far_too_long_is_forgotten() -> None:
+def test_steps_that_took_far_too_long_are_passed_over_or_forgotten() -> None:
     machine, wanted = Machine(55e9, 100e9, 0.03), StepBytes(X, 0, 1)
     balance = RamBalance(SplitRates(55e9, 100e9))
+    before = balance.fraction(wanted)
     balance.learn(wanted, RamWork(X // 2, 0.12, 0.3), 5.0)  # something was compiled in it
+    assert balance.fraction(wanted) == before
+    for _ in range(5):
+        balance.learn(wanted, RamWork(X // 2, 0.12, 0.3), 5.0)
     assert balance.fraction(wanted) == 0
     assert settled_s(balance, machine, wanted) < 1.06 * machine.best_s(wanted)
 
@@ -91,8 +95,8 @@ def test_what_it_cannot_judge_changes_nothing() -> None:
     balance, wanted = RamBalance(SplitRates(55e9, 100e9)), StepBytes(X, 0, 1)
     before = balance.fraction(wanted)
     for work in (RamWork(X, 1.0, 0.5), RamWork(X // 2, 0.2, None)):
-        balance.learn(wanted, work, 1.0)
-    balance.learn(StepBytes(X, 0, MOST_ROWS + 1), RamWork(X // 2, 0.2, 0.1), 9.0)
+        balance.learn(wanted, work, 0.3)
+    balance.learn(StepBytes(X, 0, MOST_ROWS + 1), RamWork(X // 2, 0.2, 0.1), 0.3)
     assert balance.fraction(wanted) == before
     assert balance.fraction(StepBytes(0, X, 1)) == 0
 

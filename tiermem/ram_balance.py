@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 
 from tiermem.pools import Slots
 from tiermem.ram_attention import MOST_ROWS, RamWork, StepBytes, first_places
-from tiermem.ram_split import SplitRates, SplitWork, best_split
+from tiermem.ram_split import SplitRates, SplitWork, best_split, split_time
 
 NEWEST = 0.5
 """Weight of the newest step in what is remembered."""
 LATE = 0.05
 """Of a step: with a GPU that waits longer than this for the CPU, the CPU was last."""
+ODD, MOST_ODD = 2.0, 3
+"""A step that takes so many times what was foreseen tells nothing, unless as many before it did too."""
 HOPE = 0.01
 """By which what was only bounded is taken to be better than that: without it, any share would confirm itself."""
+MOST_HOPE = 0.08
 FORGET = 0.5
 """Of the time without queries, a step in which the CPU had nothing to do."""
 ROWS_SLOWER = 0.5
@@ -27,10 +30,19 @@ ROWS_SLOWER = 0.5
 
 @dataclass(slots=True)
 class _Pace:
-    """Of steps with some number of new tokens: how fast the CPU attends, and how long it has no queries."""
+    """Of steps with some number of new tokens: how fast the CPU attends, how long it has no queries, and who was
+    last in the newest ones, with how many before them the same."""
 
     cpu: float
     idle_s: float = 0.0
+    is_cpu_last: bool = False
+    streak: int = 0
+
+    def hope(self, *, is_cpu_last: bool) -> float:
+        """Who was last now; by how much more is tried: the more, the longer it was the same one."""
+        self.streak = self.streak + 1 if is_cpu_last == self.is_cpu_last else 0
+        self.is_cpu_last = is_cpu_last
+        return min(HOPE * float(2**self.streak), MOST_HOPE)
 
 
 class RamBalance:
@@ -40,16 +52,14 @@ class RamBalance:
         self.most_rows = most_rows
         self._link = rates.link
         self._rates = rates
+        self._odd = 0
         self._paces = {1: _Pace(rates.cpu)}
 
     def fraction(self, wanted: StepBytes) -> float:
         """Of pages that are in RAM alone, for a step that needs `wanted`."""
         if wanted.new_tokens > self.most_rows:
             return 0.0
-        pace = self._pace(wanted.new_tokens)
-        work = SplitWork(wanted.ram, wanted.cold, gpu_s=pace.idle_s)
-        rates = replace(self._rates, link=self._link, cpu=pace.cpu, cpu_alone=None)
-        return best_split(work, rates).fraction
+        return best_split(*self._known(wanted)).fraction
 
     def choose(self, homes: Slots, new_tokens: int, fraction: float) -> Slots:
         """As RamPolicy does."""
@@ -68,14 +78,25 @@ class RamBalance:
         streamed = wanted.ram - work.num_bytes + wanted.cold
         if work.seconds <= 0 or streamed <= 0 or work.awaited_s is None:
             return
+        foreseen_s = split_time(*self._known(wanted), work.num_bytes / wanted.ram)
+        if elapsed_s > ODD * foreseen_s and self._odd < MOST_ODD:
+            self._odd += 1  # something was compiled in it, or it was stopped
+            return
+        self._odd = 0
         pace.cpu = _mixed(pace.cpu, work.num_bytes / work.seconds)
         link, idle_s = streamed / elapsed_s, max(elapsed_s - work.seconds, 0.0)
-        if work.awaited_s > LATE * elapsed_s:
+        hope = pace.hope(is_cpu_last=work.awaited_s > LATE * elapsed_s)
+        if pace.is_cpu_last:
             pace.idle_s = _mixed(pace.idle_s or idle_s, idle_s)
-            self._link = max(self._link, link) * (1 + HOPE)
+            self._link = max(self._link, link) * (1 + hope)
         else:
             self._link = _mixed(self._link, link)
-            pace.idle_s = max(min(pace.idle_s, idle_s) - HOPE * elapsed_s, 0.0)
+            pace.idle_s = max(min(pace.idle_s, idle_s) - hope * elapsed_s, 0.0)
+
+    def _known(self, wanted: StepBytes) -> tuple[SplitWork, SplitRates]:
+        pace = self._pace(wanted.new_tokens)
+        rates = replace(self._rates, link=self._link, cpu=pace.cpu, cpu_alone=None)
+        return SplitWork(wanted.ram, wanted.cold, gpu_s=pace.idle_s), rates
 
     def _pace(self, new_tokens: int) -> _Pace:
         """Of steps with about as many new tokens."""
