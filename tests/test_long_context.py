@@ -167,6 +167,19 @@ def test_a_cold_tier_of_one_run_is_not_found_by_the_next(cli: Cli, tmp_path: Pat
     assert list(place.iterdir()) == []
 
 
+def test_passes_of_several_tokens_are_timed_beside_those_of_one(cli: Cli, tmp_path: Path) -> None:
+    saved = tmp_path / "f"
+    ran = cli(
+        "bench", "long-context", "--quick", "--context", "256", "--gpu", "96KiB", "--cpu-share", "0.5",
+        "--baselines", "none", "--pass-tokens", "4,8", "--save", saved,
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    found = [row for row in rows(saved) if row["name"].startswith("pass of several tokens")]
+    assert [row["parameters"]["new_tokens"] for row in found] == [4, 8]
+    assert all(row["unit"] == "x" and row["median"] > 0 and row["repeats"] == 8 for row in found)
+    assert "new tokens 8" in ran.out
+
+
 # ---- results that are wrong -----------------------------------------------------------------------
 
 
@@ -239,6 +252,8 @@ def test_logits_of_another_run_fail(
         (("--model", "70b"), "predicted only: weights take"),
         (("--quick", "--ram", "100TiB"), "are free; a smaller ram needs ssd"),
         (("--quick", "--context", "200", KV), "must be a multiple of page_tokens=16"),
+        (("--quick", "--pass-tokens", "4,1"), "--pass-tokens 1: must be 2 to 32"),
+        (("--quick", "--pass-tokens", "33"), "--pass-tokens 33: must be 2 to 32"),
         (("--quick", "--context", "12k,"), "--context"),
         (("--quick", "--context", "none"), "must be tokens from 1 to 16m"),
         (("--quick", "--gpu", "50%"), "must be a size in bytes"),

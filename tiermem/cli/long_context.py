@@ -83,6 +83,11 @@ def add_parser(kinds: Commands[CommandParser]) -> None:
     )
     parser.add_argument("--page-tokens", type=int, choices=PAGE_TOKENS, help="tokens a page (128)")
     parser.add_argument(
+        "--pass-tokens",
+        metavar="COUNTS",
+        help="also time passes of so many new tokens, 2 to 32; several with commas",
+    )
+    parser.add_argument(
         "--baselines",
         metavar="NAMES",
         default=",".join(BASELINES),

@@ -46,6 +46,7 @@ from tiermem.device.protocol import Device, DeviceKind
 from tiermem.errors import ConfigError, TierMemError
 from tiermem.forecast.budget import RESERVE_BYTES
 from tiermem.model_shape import ModelShape, TierSizes
+from tiermem.ram_attention import MOST_ROWS
 from tiermem.units import Size, SizeKind
 
 FULL = {"context": "128k", "gpu": "8GiB", "new_tokens": "32", "page_tokens": "128"}
@@ -98,7 +99,16 @@ def _settings(options: argparse.Namespace) -> Settings:
         offloaded_tokens=options.offloaded_tokens,
         chunk_tokens=options.prefill_chunk,
         page_tokens=int(given["page_tokens"]),
+        pass_sizes=_pass_sizes(options.pass_tokens),
     )
+
+
+def _pass_sizes(text: str | None) -> tuple[int, ...]:
+    parts = [] if text is None else _parts("pass-tokens", text)
+    for part in parts:
+        if not part.isdecimal() or not 2 <= int(part) <= MOST_ROWS:
+            raise ConfigError(f"--pass-tokens {part[:40]}: must be 2 to {MOST_ROWS}")
+    return tuple(int(part) for part in parts)
 
 
 def _names(options: argparse.Namespace) -> list[str]:

@@ -19,6 +19,7 @@ from tiermem.bench.long_context.rows import (
     OTHER_MS,
     OUTPUT,
     OVER_STREAMING,
+    PASS,
     STEP,
     WITH_OTHER,
     find,
@@ -41,7 +42,7 @@ def long_context_lines(results: Sequence[Result], width: int | None) -> list[str
         lines += [f"{parameters_text(common)}:", *_sweep(cases).lines(width), ""]
         steps = _steps(cases, results)
         lines += [*steps.lines(width), ""] if steps.rows else []
-    for part in (_values(results, FIT), _shapes(results)):
+    for part in (_values(results, PASS), _values(results, FIT), _shapes(results)):
         lines += [*part.lines(width), ""] if part.rows else []
     return [*lines, *_notes(results, width)]
 

@@ -80,7 +80,7 @@ class Settings:
     """What all cases of a run share. Sizes are bytes; `ram_bytes` None: as much as a case needs.
 
     new_tokens: timed ones of a case; offloaded_tokens: of transformers' offloaded cache, which is slow.
-    chunk_tokens: of one call of a prefill.
+    chunk_tokens: of one call of a prefill. pass_sizes: new tokens of passes that are timed besides.
     """
 
     fill: Fill
@@ -96,6 +96,7 @@ class Settings:
     offloaded_tokens: int
     chunk_tokens: int
     page_tokens: int
+    pass_sizes: tuple[int, ...] = ()
 
     def cases(self) -> Iterator[Case]:
         """Every context with every hot budget and every share."""

@@ -14,6 +14,8 @@ from tiermem.stats import Stats
 
 FIRST_TOKENS = 2
 """They compile, capture and settle; not timed."""
+PASSES, FIRST_PASSES = 14, 6
+"""Of several tokens, of each size; the first ones compile, and the CPU's share settles."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +83,25 @@ def decode(
         seconds.append(time.perf_counter() - start_s)
         logits.append(found.float().cpu())
     return Decoded(tuple(seconds[FIRST_TOKENS:]), torch.stack(logits))
+
+
+def passes(
+    model: Model,
+    cache: object,
+    tokens: Sequence[int],
+    size: int,
+    synchronize: Callable[[], None],
+) -> list[float]:
+    """Seconds of passes that give the model `size` of the tokens each; the first FIRST_PASSES are not timed."""
+    seconds = []
+    for start in range(0, len(tokens) - size + 1, size):
+        ids = torch.tensor(tokens[start : start + size], device=model.device)
+        synchronize()
+        start_s = time.perf_counter()
+        model.feed(cache, ids)
+        synchronize()
+        seconds.append(time.perf_counter() - start_s)
+    return seconds[FIRST_PASSES:]
 
 
 def traffic(before: Stats, after: Stats) -> Traffic:

@@ -28,7 +28,15 @@ from tiermem.bench.long_context.checks import (
     check_attention,
     check_logits,
 )
-from tiermem.bench.long_context.decoding import FIRST_TOKENS, Decoded, Traffic, decode, traffic
+from tiermem.bench.long_context.decoding import (
+    FIRST_TOKENS,
+    PASSES,
+    Decoded,
+    Traffic,
+    decode,
+    passes,
+    traffic,
+)
 from tiermem.bench.long_context.derived import BASELINE_NAMES
 from tiermem.bench.long_context.model import Model
 from tiermem.bench.long_context.rates import HBM, MachineRates
@@ -40,6 +48,7 @@ from tiermem.bench.long_context.rows import (
     case_parameters,
     case_results,
     error_result,
+    pass_result,
     plain_result,
     request_parameters,
 )
@@ -90,6 +99,17 @@ class Request:
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TieredRun:
+    """What one cache did. worst: the difference of attention from float64 at the end. passes: seconds of each,
+    by their new tokens."""
+
+    done: Decoded
+    moved: Traffic
+    worst: float
+    passes: dict[int, list[float]]
+
+
 def keys_of(settings: Settings, shape: ModelShape) -> set[str]:
     """Keys of the rows of every case and baseline of a model: where all are there, nothing is left to measure."""
     keys = set()
@@ -102,8 +122,8 @@ def keys_of(settings: Settings, shape: ModelShape) -> set[str]:
 
 
 def all_tokens(settings: Settings) -> int:
-    """New tokens of a case: those that are not timed, the timed ones and the one of the check."""
-    return FIRST_TOKENS + settings.new_tokens + 1
+    """New tokens of a case: those that are not timed, the timed ones, the one of the check, and of passes."""
+    return FIRST_TOKENS + settings.new_tokens + 1 + PASSES * sum(settings.pass_sizes)
 
 
 class Measurement:
@@ -147,12 +167,15 @@ class Measurement:
         text = f"gpu {format_bytes(case.gpu_bytes)}, CPU share {case.share.text}"
         self._begin(text, request)
         warm = request.sizes.warm_bytes(self._settings)
-        done, moved, worst = self._run_tiered(request, case.gpu_bytes, warm, share)
+        run = self._run_tiered(request, case.gpu_bytes, warm, share, self._settings.pass_sizes)
+        done, moved = run.done, run.moved
         aims = Aims(self._is_reference(case))
         yield from case_results(parameters, done, moved, self._place.rates, other_s, aims, note)
         yield from self._check(text, parameters, request, done)
         tolerance = OUTPUT_TOLERANCE[self._model.dtype]
-        yield error_result(OUTPUT, parameters, worst, tolerance)
+        yield error_result(OUTPUT, parameters, run.worst, tolerance)
+        for size, seconds in run.passes.items():
+            yield pass_result(parameters, size, seconds, done)
 
     def _resident(self, request: Request) -> Iterator[Result]:
         if not self._is_wanted(Baseline.RESIDENT, request):
@@ -166,7 +189,7 @@ class Measurement:
             )
             return
         self._begin(BASELINE_NAMES[Baseline.RESIDENT], request)
-        done, _, _ = self._run_tiered(request, request.sizes.num_bytes, 0, 0.0)
+        done = self._run_tiered(request, request.sizes.num_bytes, 0, 0.0).done
         read_bytes = self._model.read_bytes + request.sizes.kv_bytes
         ceiling = Ceiling(HBM, self._place.rates.hbm / read_bytes)
         yield from self._baseline(Baseline.RESIDENT, request, done, ceiling)
@@ -182,8 +205,8 @@ class Measurement:
             yield self._skipped(Baseline.STREAMING, request, reason)
             return
         self._begin(BASELINE_NAMES[Baseline.STREAMING], request)
-        done, moved, _ = self._run_tiered(request, hot, warm, 0.0)
-        ceiling = self._place.rates.ceiling(moved)
+        run = self._run_tiered(request, hot, warm, 0.0)
+        done, ceiling = run.done, self._place.rates.ceiling(run.moved)
         note = "what LRU comes to: a cyclic scan finds nothing"
         yield from self._baseline(Baseline.STREAMING, request, done, ceiling, note)
 
@@ -239,9 +262,14 @@ class Measurement:
     # ---- one run -----------------------------------------------------------------------------------
 
     def _run_tiered(
-        self, request: Request, gpu: int, ram: int, share: float | None
-    ) -> tuple[Decoded, Traffic, float]:
-        """Fill, decode, look at everything; the worst difference from float64 at the end."""
+        self,
+        request: Request,
+        gpu: int,
+        ram: int,
+        share: float | None,
+        pass_sizes: tuple[int, ...] = (),
+    ) -> TieredRun:
+        """Fill, decode, look at everything."""
         model, context = self._model, request.sizes.context
         before: list[Stats] = []
         with ExitStack() as run:
@@ -264,11 +292,16 @@ class Measurement:
                 begins=lambda: before.append(cache.stats()),
             )  # fmt: skip
             moved = traffic(before[0], cache.stats())
+            sync, tokens = self._place.sync, request.tokens
+            timed = {
+                size: passes(model, cache, (tokens * PASSES * size)[: PASSES * size], size, sync)
+                for size in pass_sizes
+            }
             worst = check_attention(manager, request.ids[:-1], model.shape.num_heads)
             if self._settings.fill is Fill.SYNTHETIC:
                 check_stored(manager, request.kv, request.ids[:-1])
         self._give_back()
-        return done, moved, worst
+        return TieredRun(done, moved, worst, timed)
 
     def _prefill(self, cache: object, request: Request) -> None:
         told, chunk = self._told(request), self._settings.chunk_tokens

@@ -20,6 +20,7 @@ HOT_MS = "step: hot K and V at the memory's rate"
 OTHER_MS = "step: all other work, by itself"
 OVER_STREAMING = "over streaming all that is not resident"
 WITH_OTHER = "decode, against the ceiling and other work"
+PASS = "pass of several tokens, over a pass of one"
 LOGITS, OUTPUT = "difference of logits", "difference of attention from float64"
 
 SHARED_TARGET, LINK_TARGET = 80.0, 97.0
@@ -94,6 +95,15 @@ def plain_result(
     return measured(Subject(NAME, name, parameters, "tokens/s", note=note), done.rates, ceiling)
 
 
+def pass_result(
+    parameters: Parameters, new_tokens: int, seconds: Sequence[float], one: Decoded
+) -> Result:
+    """The row of passes of several tokens, as multiples of the time of a pass of one."""
+    given = {**parameters, "new_tokens": new_tokens}
+    ratios = [each / one.step_s for each in seconds]
+    return measured(Subject(NAME, PASS, given, "x", Better.LOWER), ratios, RATIO)
+
+
 def error_result(name: str, parameters: Parameters, worst: float, tolerance: float) -> Result:
     """The row of a check that was passed."""
     subject = Subject(NAME, name, parameters, "of the norm", Better.LOWER, budget=tolerance)
@@ -146,7 +156,8 @@ def groups(
     commons: dict[str, dict[str, str | int | float]] = {}
     for result in results:
         given = result.subject.parameters
-        if result.subject.benchmark != NAME or not set(VARYING) <= set(given):
+        is_case = set(VARYING) <= set(given) and result.subject.name != PASS
+        if result.subject.benchmark != NAME or not is_case:
             continue
         common = {key: value for key, value in given.items() if key not in VARYING}
         commons.setdefault(str(common), common)
