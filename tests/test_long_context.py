@@ -242,7 +242,7 @@ def test_logits_of_another_run_fail(
     [
         ((), "--model: missing"),
         (("--model", "34b"), "model='34b'"),
-        (("--model", "33b", "--gpu", "32MiB"), "must be at least 155MiB"),
+        (("--model", "33b", "--gpu", "32MiB"), "must be at least 310MiB"),
         (
             ("--model", "33b", "--gpu", "8GiB", "--ram", "4GiB"),
             "more than gpu=8GiB, ram=4GiB and ssd=0 hold; give ram at least",
