@@ -31,6 +31,8 @@ from tiermem.rates import Rates
 
 COPY_S, QUICK_COPY_S = 6.0, 1.0
 """How long the ways of copying are measured, about."""
+RAM_REPEATS = 5
+"""Of attention in RAM, at most: it takes a tenth of a second each, for every dtype and beside the link again."""
 QUICK_FACTOR = 4
 """How many times shorter the context of a quick measurement is."""
 
@@ -86,8 +88,10 @@ class Run:
         self._measure_with(QUICK if self.quick else FULL, ceiling_rates)
 
     def _measure_ram_attention(self) -> None:
-        effort = QUICK if self.quick else FULL
-        self._measure_with(replace(effort, hot_bytes=QUICK.hot_bytes), ram_attention_rates)
+        whole = QUICK if self.quick else FULL
+        repeats = min(whole.repeats, RAM_REPEATS)
+        effort = replace(whole, hot_bytes=QUICK.hot_bytes, repeats=repeats)
+        self._measure_with(effort, ram_attention_rates)
 
     def _measure_with(self, effort: Effort, rates: Callable[[Ceilings, Device], Rates]) -> None:
         device = open_device(self.device)[0]
