@@ -6,15 +6,18 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from texts import Q_HEADS, TOLERANCE, Text, config_of, layout_of, run_step
 
 from tiermem import PageLayout, TierConfig, TierManager
+from tiermem._core import Tier
 from tiermem.attention import partial_sums
 from tiermem.attention.host import HostBackend
 from tiermem.attention.partial_sums import PartialSums
 from tiermem.device.simulated import SimulatedDevice
+from tiermem.pools import VALID
 from tiermem.streaming import SliceLoad
 from tiermem.upload import BLOCK_BYTES, Upload
 
@@ -119,6 +122,27 @@ def test_reading_within_a_step_takes_the_ring_and_gives_it_back(
             q = torch.randn(1, Q_HEADS, 32).half()
             out, want = step.attend(layer, q).double(), text.wanted(layer, q, None)
             assert (out - want).norm() < TOLERANCE["float16"] * want.norm()
+
+
+def test_a_half_is_filled_again_behind_what_used_it_only(
+    manager: TierManager, text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = manager._core
+    streamed = text.sequence.pages[core.table.states(text.sequence.pages, Tier.GPU) != VALID][:2]
+    tiers = np.full(1, Tier.RAM, dtype=np.int64)
+    first, second = (core.ring.plan(0, streamed[i : i + 1], tiers) for i in range(2))
+    kind, waits, used = type(core.mover.to_device), [], core.device.compute_stream().record()
+    monkeypatch.setattr(kind, "wait_event", lambda _, event: waits.append(event))
+    core.ring.begin_use(first, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "record", lambda _: used)
+        core.ring.end_use(0)
+    assert used not in waits
+    core.ring.start(second, 0)
+    assert waits[-1] is used
+    core.ring.start(second, 0)  # it is there
+    assert waits.count(used) == 1
+    core.ring.drop_ahead()
 
 
 @pytest.mark.parametrize("seed", range(4))
