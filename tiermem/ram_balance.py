@@ -13,15 +13,16 @@ from tiermem.pools import Slots
 from tiermem.ram_attention import MOST_ROWS, RamWork, StepBytes, first_places
 from tiermem.ram_split import SplitRates, SplitWork, best_split, split_time
 
-NEWEST = 0.5
+NEWEST = 0.25
 """Weight of the newest step in what is remembered."""
 LATE = 0.05
 """Of a step: with a GPU that waits longer than this for the CPU, the CPU was last."""
 ODD, MOST_ODD = 2.0, 3
 """A step that takes so many times what was foreseen tells nothing, unless as many before it did too."""
-HOPE = 0.01
+HOPE = 0.005
 """By which what was only bounded is taken to be better than that: without it, any share would confirm itself."""
-MOST_HOPE = 0.08
+MOST_HOPE, PATIENCE = 0.08, 2
+"""How far it grows, twice as much each time, after the same one was last so many times in a row."""
 FORGET = 0.5
 """Of the time without queries, a step in which the CPU had nothing to do."""
 ROWS_SLOWER = 0.5
@@ -39,10 +40,10 @@ class _Pace:
     streak: int = 0
 
     def hope(self, *, is_cpu_last: bool) -> float:
-        """Who was last now; by how much more is tried: the more, the longer it was the same one."""
+        """Who was last now; by how much more is tried: the more, the longer it has been the same one."""
         self.streak = self.streak + 1 if is_cpu_last == self.is_cpu_last else 0
         self.is_cpu_last = is_cpu_last
-        return min(HOPE * float(2**self.streak), MOST_HOPE)
+        return min(HOPE * float(2 ** max(self.streak - PATIENCE, 0)), MOST_HOPE)
 
 
 class RamBalance:
