@@ -9,7 +9,7 @@ namespace {
 // Lines of a unit from which on tiles are faster, and rows of K or V between what is read and prefetched.
 constexpr int kFewestHalf = 9;
 constexpr int kFewestBfloat = 9;
-constexpr int kAheadRows = 64;
+constexpr int kAheadRows = 192;
 
 using Kernel = TileKernel<Amx, kFewestHalf, kFewestBfloat, kAheadRows>;
 

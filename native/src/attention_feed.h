@@ -24,7 +24,7 @@ struct PagePart {
 // Up to 64 tokens of a run, in order, and those after them: where their K and V rows lie.
 //
 // The rows are a ring in the order in which they are read: K of the block, V of the block, K of the next
-// one, V of the next one. What a block lacks of 64 repeats its last row, so that tiles may reach beyond.
+// one, V of the next one, and so on. What a block lacks of 64 repeats its last row, so that tiles may reach beyond.
 class TokenFeed {
  public:
   explicit TokenFeed(const UnitTask& task) : task_(task) {
@@ -34,19 +34,22 @@ class TokenFeed {
     values_at_ = shape.num_kv_heads * shape.page_tokens * row_bytes_;
     const std::size_t rows = kAheadBytes / row_bytes_;
     ahead_ = rows > kTokens ? kTokens : rows < 1 ? 1 : static_cast<int>(rows);
-    fill(0);
-    fill(1);
+    for (int block = 0; block < kBlocks; ++block) fill(block);
     for (int i = 0; i < ahead_; ++i) fetch_row(rows_[i]);
   }
 
-  int count() const { return counts_[half_]; }
-  const std::int64_t* positions() const { return positions_[half_]; }
-  std::int64_t lowest() const { return lowest_[half_]; }
-  std::int64_t highest() const { return highest_[half_]; }
-  int num_parts() const { return num_parts_[half_]; }
-  const PagePart* parts() const { return parts_[half_]; }
-  const std::byte* const* keys() const { return rows_ + half_ * 2 * kTokens; }
+  int count() const { return counts_[block_]; }
+  const std::int64_t* positions() const { return positions_[block_]; }
+  std::int64_t lowest() const { return lowest_[block_]; }
+  std::int64_t highest() const { return highest_[block_]; }
+  int num_parts() const { return num_parts_[block_]; }
+  const PagePart* parts() const { return parts_[block_]; }
+  const std::byte* const* keys() const { return keys_of(block_); }
   const std::byte* const* values() const { return keys() + kTokens; }
+
+  // Of the block after this one; 0 tokens: there is none.
+  int next_count() const { return counts_[after()]; }
+  const std::byte* const* next_keys() const { return keys_of(after()); }
 
   // The row to prefetch while row i of keys() or values() is read.
   const std::byte* ahead_of_key(int i) const { return rows_[(at() + i + ahead_) & kRingMask]; }
@@ -54,13 +57,14 @@ class TokenFeed {
     return rows_[(at() + kTokens + i + ahead_) & kRingMask];
   }
 
-  // Row i of this block's K, V and the next block's K, V, 64 each.
+  // Row i of this block's K and V, and of those of the blocks after it, 64 each.
   const std::byte* row_from_here(int i) const { return rows_[(at() + i) & kRingMask]; }
 
-  // Whether K of these tokens of the block lie one behind the other.
-  bool are_in_a_row(int start, int end) const {
-    for (int i = 0; i < num_parts(); ++i) {
-      if (parts()[i].start <= start && end <= parts()[i].end) return true;
+  // Whether K of these tokens of this block, or the next one, lie one behind the other.
+  bool are_in_a_row(bool is_next, int start, int end) const {
+    const int block = is_next ? after() : block_;
+    for (int i = 0; i < num_parts_[block]; ++i) {
+      if (parts_[block][i].start <= start && end <= parts_[block][i].end) return true;
     }
     return false;
   }
@@ -78,52 +82,55 @@ class TokenFeed {
   }
 
   void next() {
-    const int done = half_;
-    half_ = 1 - half_;
+    const int done = block_;
+    block_ = after();
     fill(done);
   }
 
  private:
-  static constexpr int kRingMask = 4 * kTokens - 1;
+  static constexpr int kBlocks = 4;
+  static constexpr int kRingMask = kBlocks * 2 * kTokens - 1;
 
-  int at() const { return half_ * 2 * kTokens; }
+  int at() const { return block_ * 2 * kTokens; }
+  int after() const { return (block_ + 1) % kBlocks; }
+  const std::byte* const* keys_of(int block) const { return rows_ + block * 2 * kTokens; }
 
   // Without tokens left the rows stay as they are: prefetching them again does no harm.
-  void fill(int half) {
-    const std::byte** keys = rows_ + half * 2 * kTokens;
+  void fill(int block) {
+    const std::byte** keys = rows_ + block * 2 * kTokens;
     const std::byte** values = keys + kTokens;
     int count = 0;
-    num_parts_[half] = 0;
-    lowest_[half] = INT64_MAX;
-    highest_[half] = INT64_MIN;
+    num_parts_[block] = 0;
+    lowest_[block] = INT64_MAX;
+    highest_[block] = INT64_MIN;
     while (count < kTokens && page_ < task_.num_pages) {
-      count = fill_from_page(half, count);
+      count = fill_from_page(block, count);
     }
-    counts_[half] = count;
+    counts_[block] = count;
     for (int i = count; count > 0 && i < kTokens; ++i) {
       keys[i] = keys[count - 1];
       values[i] = values[count - 1];
     }
   }
 
-  int fill_from_page(int half, int count) {
+  int fill_from_page(int block, int count) {
     const SeenPage& page = task_.pages[page_];
-    const std::byte** keys = rows_ + half * 2 * kTokens;
+    const std::byte** keys = rows_ + block * 2 * kTokens;
     const std::uint32_t first = page.first + done_in_page_;
     std::uint32_t taken = page.end - first;
     const auto room = static_cast<std::uint32_t>(kTokens - count);
     if (taken > room) taken = room;
     const std::byte* row = page.slice + head_at_ + first * row_bytes_;
     const std::int64_t position = page.position + done_in_page_;
-    parts_[half][num_parts_[half]++] = {count, count + static_cast<int>(taken), page.index,
+    parts_[block][num_parts_[block]++] = {count, count + static_cast<int>(taken), page.index,
                                         done_in_page_ > 0};
     for (std::uint32_t i = 0; i < taken; ++i, row += row_bytes_) {
       keys[count] = row;
       keys[kTokens + count] = row + values_at_;
-      positions_[half][count++] = position + i;
+      positions_[block][count++] = position + i;
     }
-    if (position < lowest_[half]) lowest_[half] = position;
-    if (position + taken - 1 > highest_[half]) highest_[half] = position + taken - 1;
+    if (position < lowest_[block]) lowest_[block] = position;
+    if (position + taken - 1 > highest_[block]) highest_[block] = position + taken - 1;
     done_in_page_ += taken;
     if (page.first + done_in_page_ == page.end) {
       ++page_;
@@ -137,16 +144,16 @@ class TokenFeed {
   std::size_t head_at_ = 0;
   std::size_t values_at_ = 0;
   int ahead_ = 1;  // rows
-  int half_ = 0;
+  int block_ = 0;
   std::size_t page_ = 0;
   std::uint32_t done_in_page_ = 0;
-  int counts_[2] = {};
-  int num_parts_[2] = {};
-  PagePart parts_[2][kTokens] = {};
-  std::int64_t lowest_[2] = {};
-  std::int64_t highest_[2] = {};
-  std::int64_t positions_[2][kTokens] = {};
-  const std::byte* rows_[4 * kTokens] = {};
+  int counts_[kBlocks] = {};
+  int num_parts_[kBlocks] = {};
+  PagePart parts_[kBlocks][kTokens];
+  std::int64_t lowest_[kBlocks] = {};
+  std::int64_t highest_[kBlocks] = {};
+  std::int64_t positions_[kBlocks][kTokens];
+  const std::byte* rows_[kBlocks * 2 * kTokens] = {};
 };
 
 }  // namespace

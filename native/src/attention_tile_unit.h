@@ -52,8 +52,9 @@ class TileUnit {
   using Vec = typename Isa::Vec;
   using Tiles = typename M::Tiles;
   static constexpr int kLanes = Isa::kLanes;
-  static constexpr int kVectors = kTileRows / kLanes;  // of a line tile
   static constexpr int kSteps = kTokens / kStepItems;  // of a block
+  static constexpr int kChunkPairs = 4;                // of tokens, whose scores become weights at once
+  static constexpr int kStepChunks = kTileRows / kChunkPairs;
   static constexpr int kMostSteps = kMostTileDim / kStepItems;
   static constexpr int kItemParts = kParts<Item>;
   static constexpr float kMagic = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
@@ -90,73 +91,93 @@ class TileUnit {
   void run() {
     Tiles tiles;
     TokenFeed feed(task_);
-    for (int i = 0; i < kAheadRows; ++i) feed.fetch_row(feed.row_from_here(i));
+    start(tiles, feed);
     for (; feed.count() > 0; feed.next()) {
       RowFetcher fetcher(feed, kAheadRows);
-      const int num_steps = (feed.count() + kStepItems - 1) / kStepItems;
-      score(tiles, feed, num_steps, fetcher);
-      mask(feed, num_steps);
+      scores_ = block_scores_[num_blocks_ % 2];
+      num_steps_ = steps_of(feed.count());
+      mask(feed);
       if (pages_.are_wanted()) sum_pages(feed);
-      fetcher.spread(kTokens / 2, line_tiles_ * num_steps);
-      for (int tile = 0; tile < line_tiles_; ++tile) soften(tile, num_steps, fetcher);
-      fetcher.finish();
-      sum(tiles, feed, num_steps, fetcher);
+      num_softened_ = 0;
+      if (feed.next_count() > 0) score(tiles, feed, true, fetcher);
+      soften_until(num_chunks());
+      sum(tiles, feed, fetcher);
+      ++num_blocks_;
     }
     finish();
   }
+
+  // The first block's scores.
+  void start(Tiles& tiles, const TokenFeed& feed) {
+    for (int i = 0; i < kTokens; ++i) feed.fetch_row(feed.row_from_here(i));
+    RowFetcher fetcher(feed, kTokens);
+    score(tiles, feed, false, fetcher);
+  }
+
+  // Steps of a block's tokens.
+  static int steps_of(int num_tokens) { return (num_tokens + kStepItems - 1) / kStepItems; }
 
   // -- Scores -------------------------------------------------------------------------------------
 
   static std::int64_t bytes(int num_tiles) { return std::int64_t{num_tiles} * kTileRows * kRowBytes; }
   static const Item* items(const std::byte* row) { return reinterpret_cast<const Item*>(row); }
 
-  // Tokens [32 * half, 32 * half + 32), of which the second sixteen may be repeats.
-  void gather_keys(const TokenFeed& feed, int half, KeyTile* keys) {
+  // Sixteen tokens' K where it lies, or where gather_keys() is to put it.
+  KeyTile key_tile(const TokenFeed& feed, bool is_next, int token) const {
+    const std::byte* const* rows = (is_next ? feed.next_keys() : feed.keys()) + token;
+    if (kItemParts == 1 && feed.are_in_a_row(is_next, token, token + kTileRows)) {
+      return {rows[0], rows[1] - rows[0], kRowBytes};
+    }
+    const Pair* to = keys_[0][token / kTileRows % 2][0];
+    return {reinterpret_cast<const std::byte*>(to), kRowBytes, bytes(1)};
+  }
+
+  // A step of two tiles of tokens.
+  void gather_keys(const std::byte* const* rows, const KeyTile* keys, int step) {
+    const std::size_t at = static_cast<std::size_t>(step) * kStepItems * sizeof(Item);
     for (int i = 0; i < 2; ++i) {
-      const int token = half * kStepItems + i * kTileRows;
-      const std::byte* const* rows = feed.keys() + token;
-      if (kItemParts == 1 && feed.are_in_a_row(token, token + kTileRows)) {
-        keys[i] = {rows[0], rows[1] - rows[0], kRowBytes};
-        continue;
-      }
-      Pair* to = keys_[half][0][i][0];
-      for (int r = 0; r < kTileRows; ++r) gather_row(rows[r], to + r * kTileRows);
-      keys[i] = {reinterpret_cast<const std::byte*>(to), kRowBytes, bytes(1)};
-    }
-  }
-
-  void gather_row(const std::byte* row, Pair* to) const {
-    for (int s = 0; s < steps_; ++s, row += kStepItems * sizeof(Item), to += kTilePairs) {
-      if constexpr (kItemParts == 2) {
-        M::split(items(row), items(row) + kStepItems / 2, to, to + kKeyPart);
-      } else {
-        std::memcpy(to, row, kRowBytes);
+      if (keys[i].step == kRowBytes) continue;
+      Pair* to = keys_[0][i][step];
+      for (int r = 0; r < kTileRows; ++r, to += kTileRows) {
+        const std::byte* row = rows[i * kTileRows + r] + at;
+        if constexpr (kItemParts == 2) {
+          M::split(items(row), items(row) + kStepItems / 2, to, to + kKeyPart);
+        } else {
+          std::memcpy(to, row, kRowBytes);
+        }
       }
     }
   }
 
-  void score(Tiles& tiles, const TokenFeed& feed, int num_steps, RowFetcher& fetcher) {
-    KeyTile keys[kSteps][2];
-    fetcher.spread(kTokens, num_steps * ((line_tiles_ + 1) / 2) * steps_);
-    gather_keys(feed, 0, keys[0]);
+  // This block's scores, or the next one's, while this one's become weights.
+  void score(Tiles& tiles, const TokenFeed& feed, bool is_next, RowFetcher& fetcher) {
+    const int num_steps = steps_of(is_next ? feed.next_count() : feed.count());
+    const int num_calls = num_steps * ((line_tiles_ + 1) / 2) * steps_;
+    fetcher.spread(is_next ? kTokens : kAheadRows - kTokens, num_calls);
+    chunks_per_call_ = is_next ? (num_chunks() + num_calls - 1) / num_calls : 0;
     for (int half = 0; half < num_steps; ++half) {
-      if (half + 1 < num_steps) gather_keys(feed, half + 1, keys[half + 1]);
-      float* scores = scores_ + half * kStepItems * num_lanes_;
+      const int token = half * kStepItems;
+      const KeyTile keys[2] = {key_tile(feed, is_next, token),
+                               key_tile(feed, is_next, token + kTileRows)};
+      const std::byte* const* rows = (is_next ? feed.next_keys() : feed.keys()) + token;
+      float* scores = block_scores_[(num_blocks_ + (is_next ? 1 : 0)) % 2] + token * num_lanes_;
       for (int tile = 0; tile < line_tiles_; tile += 2) {
         if (tile + 1 < line_tiles_) {
-          score_tiles<2>(tiles, keys[half], tile, scores + tile * kTileRows, fetcher);
+          score_tiles<2>(tiles, rows, keys, tile, scores + tile * kTileRows, fetcher);
         } else {
-          score_tiles<1>(tiles, keys[half], tile, scores + tile * kTileRows, fetcher);
+          score_tiles<1>(tiles, rows, keys, tile, scores + tile * kTileRows, fetcher);
         }
       }
     }
     fetcher.finish();
   }
 
-  // Tile 2 i + j: tokens of keys[i], lines of line tile `tile` + j.
+  // Tile 2 i + j: tokens of keys[i], lines of line tile `tile` + j. The first line tiles gather K, a step
+  // before it is multiplied.
   template <int kWide>
-  void score_tiles(Tiles& tiles, const KeyTile* keys, int tile, float* scores,
-                   RowFetcher& fetcher) const {
+  void score_tiles(Tiles& tiles, const std::byte* const* rows, const KeyTile* keys, int tile,
+                   float* scores, RowFetcher& fetcher) {
+    if (tile == 0) gather_keys(rows, keys, 0);
     tiles.template zero<0>();
     tiles.template zero<2>();
     if constexpr (kWide == 2) {
@@ -166,6 +187,7 @@ class TileUnit {
     const auto* high = reinterpret_cast<const Pair*>(task_.queries) + tile * steps_ * kTilePairs;
     const Pair* low = high + line_tiles_ * steps_ * kTilePairs;
     for (int s = 0; s < steps_; ++s) {
+      if (tile == 0 && s + 1 < steps_) gather_keys(rows, keys, s + 1);
       load_keys(tiles, keys, s, 0);
       if constexpr (kItemParts == 2) {
         load_queries<kWide>(tiles, low + s * kTilePairs);
@@ -178,6 +200,7 @@ class TileUnit {
         multiply<2, kWide>(tiles);
       }
       fetcher.step();
+      soften_until(num_softened_ + chunks_per_call_);
     }
     const std::int64_t stride = num_lanes_ * static_cast<std::int64_t>(sizeof(float));
     float* second = scores + kTileRows * num_lanes_;
@@ -212,8 +235,8 @@ class TileUnit {
   // -- Softmax ------------------------------------------------------------------------------------
 
   // Sets what a line does not see, and what lies beyond the last token, to -infinity.
-  void mask(const TokenFeed& feed, int num_steps) {
-    for (int i = feed.count() * num_lanes_; i < num_steps * kStepItems * num_lanes_; ++i) {
+  void mask(const TokenFeed& feed) {
+    for (int i = feed.count() * num_lanes_; i < num_steps_ * kStepItems * num_lanes_; ++i) {
       scores_[i] = -kInfinity;
     }
     for (int g = 0; g < static_cast<int>(task_.num_lines); ++g) {
@@ -256,42 +279,49 @@ class TileUnit {
     }
   }
 
-  // Scores of a line tile become weights, in tiles with the lines as rows.
-  void soften(int tile, int num_steps, RowFetcher& fetcher) {
-    const float* scores = scores_ + tile * kTileRows;
-    for (int lane = 0; lane < kTileRows; lane += kLanes) move_peak(tile, lane, num_steps);
-    Vec minus_peak[kVectors], total[kVectors];
-    for (int w = 0; w < kVectors; ++w) {
-      const int lane = tile * kTileRows + w * kLanes;
-      minus_peak[w] = Isa::subtract(Isa::all(0.0F), Isa::load(peak_ + lane));
-      total[w] = Isa::load(total_ + lane);
-    }
-    for (int s = 0; s < num_steps; ++s) {
-      alignas(64) float high[kTilePairs], low[kTilePairs];  // (pair of tokens, line)
-      for (int r = 0; r < kTileRows; ++r) {
-        const float* row = scores + (s * kStepItems + 2 * r) * num_lanes_;
-        for (int w = 0; w < kVectors; ++w) {
-          const Vec a = weight(Isa::load(row + w * kLanes), minus_peak[w]);
-          const Vec b = weight(Isa::load(row + num_lanes_ + w * kLanes), minus_peak[w]);
-          total[w] = Isa::add(total[w], Isa::add(a, b));
-          Isa::store(high + r * kTileRows + w * kLanes, M::high_pair(a, b));
-          Isa::store(low + r * kTileRows + w * kLanes, M::high_pair(M::rest(a), M::rest(b)));
-        }
-      }
-      M::transpose(high, weights_[0][tile][s]);
-      M::transpose(low, weights_[1][tile][s]);
-      fetcher.step();
-    }
-    for (int w = 0; w < kVectors; ++w) {
-      Isa::store(total_ + tile * kTileRows + w * kLanes, total[w]);
+  // Scores become weights, in tiles with the lines as rows, a few tokens of a line tile at a time.
+  int num_chunks() const { return line_tiles_ * num_steps_ * kStepChunks; }
+
+  void soften_until(int chunk) {
+    if (chunk > num_chunks()) chunk = num_chunks();
+    for (; num_softened_ < chunk; ++num_softened_) {
+      const int step = num_softened_ / kStepChunks;
+      soften(step / num_steps_, step % num_steps_, num_softened_ % kStepChunks);
     }
   }
 
-  void move_peak(int tile, int lane, int num_steps) {
+  void soften(int tile, int step, int chunk) {
+    if (step == 0 && chunk == 0) {
+      for (int lane = 0; lane < kTileRows; lane += kLanes) move_peak(tile, lane);
+    }
+    for (int lane = 0; lane < kTileRows; lane += kLanes) {
+      const int line = tile * kTileRows + lane;
+      const float* row = scores_ + (step * kStepItems + 2 * chunk * kChunkPairs) * num_lanes_ + line;
+      const Vec minus_peak = Isa::subtract(Isa::all(0.0F), Isa::load(peak_ + line));
+      Vec total = Isa::load(total_ + line);
+      float* high = high_ + chunk * kChunkPairs * kTileRows + lane;
+      float* low = low_ + chunk * kChunkPairs * kTileRows + lane;
+      TIERMEM_UNROLL
+      for (int r = 0; r < kChunkPairs; ++r, row += 2 * num_lanes_) {
+        const Vec a = weight(Isa::load(row), minus_peak);
+        const Vec b = weight(Isa::load(row + num_lanes_), minus_peak);
+        total = Isa::add(total, Isa::add(a, b));
+        Isa::store(high + r * kTileRows, M::high_pair(a, b));
+        Isa::store(low + r * kTileRows, M::high_pair(M::rest(a), M::rest(b)));
+      }
+      Isa::store(total_ + line, total);
+    }
+    if (chunk + 1 == kStepChunks) {
+      M::transpose(high_, weights_[0][tile][step]);
+      M::transpose(low_, weights_[1][tile][step]);
+    }
+  }
+
+  void move_peak(int tile, int lane) {
     const int line = tile * kTileRows + lane;
     const float* scores = scores_ + line;
     Vec top = Isa::all(-kInfinity);
-    for (int t = 0; t < num_steps * kStepItems; ++t) {
+    for (int t = 0; t < num_steps_ * kStepItems; ++t) {
       top = Isa::max(top, Isa::load(scores + t * num_lanes_));
     }
     top = Isa::multiply(top, Isa::all(factor_));
@@ -322,36 +352,32 @@ class TileUnit {
     return sums_ + (tile * 2 * steps_ + column) * kTilePairs;
   }
 
-  // Of columns [32 * column, 32 * column + 32), tiles of sixteen columns and 32 tokens.
-  void gather_values(const TokenFeed& feed, int column, int num_steps) {
+  // Of 32 tokens, two tiles of sixteen columns.
+  void gather_values(const TokenFeed& feed, int column, int step) {
     const std::size_t at = static_cast<std::size_t>(column) * kStepItems;
-    for (int s = 0; s < num_steps; ++s) {
-      const std::byte* const* rows = feed.values() + s * kStepItems;
-      Pair* first = values_[column & 1][0][0][s];
-      Pair* second = values_[column & 1][0][1][s];
-      for (int r = 0; r < kTileRows; ++r, first += kTileRows, second += kTileRows) {
-        const Item* a = items(rows[2 * r]) + at;
-        const Item* b = items(rows[2 * r + 1]) + at;
-        if constexpr (kItemParts == 2) {
-          M::split(a, b, first, first + kValuePart);
-          M::split(a + kTileRows, b + kTileRows, second, second + kValuePart);
-        } else {
-          M::interleave(a, b, first, second);
-        }
+    const std::byte* const* rows = feed.values() + step * kStepItems;
+    Pair* first = values_[0][0][step];
+    Pair* second = values_[0][1][step];
+    for (int r = 0; r < kTileRows; ++r, first += kTileRows, second += kTileRows) {
+      const Item* a = items(rows[2 * r]) + at;
+      const Item* b = items(rows[2 * r + 1]) + at;
+      if constexpr (kItemParts == 2) {
+        M::split(a, b, first, first + kValuePart);
+        M::split(a + kTileRows, b + kTileRows, second, second + kValuePart);
+      } else {
+        M::interleave(a, b, first, second);
       }
     }
   }
 
-  void sum(Tiles& tiles, const TokenFeed& feed, int num_steps, RowFetcher& fetcher) {
-    fetcher.spread(kTokens / 2, steps_ * ((line_tiles_ + 1) / 2));
-    gather_values(feed, 0, num_steps);
+  void sum(Tiles& tiles, const TokenFeed& feed, RowFetcher& fetcher) {
+    fetcher.spread(kTokens, steps_ * ((line_tiles_ + 1) / 2));
     for (int column = 0; column < steps_; ++column) {
-      if (column + 1 < steps_) gather_values(feed, column + 1, num_steps);
       for (int tile = 0; tile < line_tiles_; tile += 2) {
         if (tile + 1 < line_tiles_) {
-          sum_tiles<2>(tiles, tile, column, num_steps);
+          sum_tiles<2>(tiles, feed, tile, column);
         } else {
-          sum_tiles<1>(tiles, tile, column, num_steps);
+          sum_tiles<1>(tiles, feed, tile, column);
         }
         fetcher.step();
       }
@@ -359,24 +385,26 @@ class TileUnit {
     fetcher.finish();
   }
 
-  // Tile 2 i + j: lines of line tile `tile` + i, columns of the j-th sixteen.
+  // Tile 2 i + j: lines of line tile `tile` + i, columns of the j-th sixteen. The first line tiles gather V,
+  // a step before it is multiplied.
   template <int kTall>
-  void sum_tiles(Tiles& tiles, int tile, int column, int num_steps) {
+  void sum_tiles(Tiles& tiles, const TokenFeed& feed, int tile, int column) {
+    if (tile == 0) gather_values(feed, column, 0);
     tiles.template load<0>(sums_at(tile, 2 * column), kRowBytes);
     tiles.template load<1>(sums_at(tile, 2 * column + 1), kRowBytes);
     if constexpr (kTall == 2) {
       tiles.template load<2>(sums_at(tile + 1, 2 * column), kRowBytes);
       tiles.template load<3>(sums_at(tile + 1, 2 * column + 1), kRowBytes);
     }
-    const auto& values = values_[column & 1];
-    for (int s = 0; s < num_steps; ++s) {
-      load_values(tiles, values[0], s);
+    for (int s = 0; s < num_steps_; ++s) {
+      if (tile == 0 && s + 1 < num_steps_) gather_values(feed, column, s + 1);
+      load_values(tiles, values_[0], s);
       load_weights<kTall>(tiles, weights_[1] + tile, s);
       multiply<kTall, 2>(tiles);
       load_weights<kTall>(tiles, weights_[0] + tile, s);
       multiply<kTall, 2>(tiles);
       if constexpr (kItemParts == 2) {
-        load_values(tiles, values[1], s);
+        load_values(tiles, values_[1], s);
         multiply<kTall, 2>(tiles);
       }
     }
@@ -440,12 +468,19 @@ class TileUnit {
   const float factor_;   // of a score, at least 0
   const PageSums pages_;
 
+  float* scores_ = nullptr;  // this block's, (token, line)
+  int num_blocks_ = 0;       // done
+  int num_steps_ = 0;        // of this block's tokens
+  int num_softened_ = 0;     // chunks of this block
+  int chunks_per_call_ = 0;  // of score_tiles' steps
+
   alignas(64) float peak_[kMostLineTiles * kTileRows];
   alignas(64) float total_[kMostLineTiles * kTileRows];
-  alignas(64) float scores_[kTokens * kMostLineTiles * kTileRows];              // (token, line)
+  alignas(64) float block_scores_[2][kTokens * kMostLineTiles * kTileRows];  // (token, line)
+  alignas(64) float high_[kTilePairs], low_[kTilePairs];                     // (pair of tokens, line)
   alignas(64) Pair weights_[2][kMostLineTiles][kSteps][kTilePairs];             // high, low
-  alignas(64) Pair keys_[kSteps][kItemParts][2][kMostSteps][kTilePairs];        // half, part, tile
-  alignas(64) Pair values_[2][kItemParts][2][kSteps][kTilePairs];               // buffer, part, tile
+  alignas(64) Pair keys_[kItemParts][2][kMostSteps][kTilePairs];  // part, tile of tokens
+  alignas(64) Pair values_[kItemParts][2][kSteps][kTilePairs];    // part, tile of columns
   alignas(64) float sums_[kMostLineTiles * kMostTileDim / kTileRows * kTilePairs];  // by tiles
 };
 

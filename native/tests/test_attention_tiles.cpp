@@ -14,8 +14,8 @@ using namespace tiermem_test;
 namespace {
 
 // Of any number of lines, and only from as many on as a real one has.
-using Always = TileKernel<Emulated, 1, 1, 64>;
-using Many = TileKernel<Emulated, 9, 9, 32>;
+using Always = TileKernel<Emulated, 1, 1, 128>;
+using Many = TileKernel<Emulated, 9, 9, 192>;
 
 template <class Kernel>
 void prepare(const PrepareTask& task) {
@@ -194,7 +194,7 @@ void small_and_large_halves(CpuAttention& attention) {
     for (const float x : result.lse) CHECK(std::abs(x - std::log(2.0) - 32 * expected) <= 3e-7);
   }
   const Small most = attend_to(attention, 0x7BFF, 0x7BFF, one, FloatType::float16);
-  for (const float x : most.out) CHECK(std::abs(x - 65504) <= 65504 * 1e-5);
+  for (const float x : most.out) CHECK(std::abs(x - 65504) <= 65504 * 4e-5);
   for (const float x : most.lse) CHECK(std::abs(x - 32 * 65504.0) <= 32 * 65504 * 1e-5);
 }
 

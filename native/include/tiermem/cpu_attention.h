@@ -1,9 +1,10 @@
 // CpuAttention: attention of query rows over K and V pages in host memory, in place.
 //
 // A page's layer slice lies as [K, V][kv_head][token][head_dim], without gaps. Operands are widened to
-// float32 exactly, products and sums are float32. Numbers below 2^-126 count as 0. The result depends
-// on the arguments and the instructions alone, not on threads or timing: work is cut by its shape, and
-// partial results are merged in a fixed order.
+// float32 exactly, products and sums are float32; AMX leaves out what is 2^-16 of a product, and takes an
+// infinity in float16 for NaN. Numbers below 2^-126 count as 0. The result depends on the arguments and
+// the instructions alone, not on threads or timing: work is cut by its shape, and partial results are
+// merged in a fixed order.
 #pragma once
 
 #include <cstddef>
