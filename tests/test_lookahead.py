@@ -145,6 +145,37 @@ def test_a_half_is_filled_again_behind_what_used_it_only(
     core.ring.drop_ahead()
 
 
+def test_a_step_ends_behind_loads_that_nothing_used(
+    manager: TierManager, text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They read pages that must stay pinned until they have ended (R2)."""
+    core, order = manager._core, []
+    kind = type(core.mover.to_device)
+    wait_event, record = kind.wait_event, kind.record
+
+    def waits(stream: Any, event: Any) -> None:
+        order.append(event)
+        wait_event(stream, event)
+
+    def records(stream: Any) -> Any:
+        event = record(stream)
+        order.append(event)
+        return event
+
+    monkeypatch.setattr(kind, "wait_event", waits)
+    monkeypatch.setattr(kind, "record", records)
+    text.draw(1)
+    with manager.step([text.sequence]) as step:
+        for layer in range(LAYERS):
+            step.append(layer, text.k[layer, -1:], text.v[layer, -1:])
+        loads = [half.loaded for half in core.ring._halves]
+        assert all(half.is_waiting for half in core.ring._halves)
+        order.clear()
+    # the step's end is recorded after the compute stream was told to wait for both
+    assert order[:2] == loads
+    assert len(order) > 2
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_pages_that_come_after_others_are_never_taken_for_them(seed: int) -> None:
     """Sequences end and new ones get their page ids and slots, while loads of undone steps are in the ring."""

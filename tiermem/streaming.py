@@ -234,8 +234,13 @@ class Ring:
             self._halves[load.half].ahead = self._start_read(load, load.cold, layer)
 
     def drop_ahead(self) -> None:
-        """Forget what was started and not used: wait for reads, whether they failed or not."""
+        """Forget what was started and not used: wait for reads, whether they failed or not.
+
+        The compute stream waits for copies, which read pages that stay pinned until it has ended the step (R2).
+        """
         for number, half in enumerate(self._halves):
+            if half.is_waiting and half.loaded is not None:
+                self._device.compute_stream().wait_event(half.loaded)
             half.load, half.is_waiting = None, False
             self._drop(number)
 
