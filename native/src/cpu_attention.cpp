@@ -19,6 +19,7 @@ namespace {
 const AttentionKernel* kernel_for(AttentionInstructions instructions) noexcept {
   switch (instructions) {
     case AttentionInstructions::automatic:
+      if (const auto* tiles = kernel_for(AttentionInstructions::amx)) return tiles;
       if (const auto* wide = kernel_for(AttentionInstructions::avx512)) return wide;
       if (const auto* wide = kernel_for(AttentionInstructions::avx2)) return wide;
       return &kPortableAttention;
