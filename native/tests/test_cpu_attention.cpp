@@ -173,6 +173,20 @@ void long_contexts(CpuAttention& attention) {
   check_case(attention, rows, 3);
 }
 
+// So many partial results that all threads merge them.
+void many_partial_results() {
+  Shape shape;
+  shape.type = FloatType::float32;
+  shape.num_kv_heads = 8;
+  shape.heads_per_kv = 1;
+  shape.head_dim = 256;
+  shape.page_tokens = 32;
+  shape.rows = {9, 0, 1};
+  shape.stored = {5000, 3, 70};
+  CpuAttention attention(3);
+  check_case(attention, shape, 1);
+}
+
 // Scores of thousands: weights underflow, and the maximum moves often.
 void large_scores(CpuAttention& attention) {
   for (const FloatType type : kTypes) {
@@ -305,6 +319,7 @@ int main() {
     wrong_arguments(attention);
   }
   threads_do_not_show();
+  many_partial_results();
   a_unit_that_throws();
   return report("cpu_attention");
 }
