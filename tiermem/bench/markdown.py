@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from tiermem.bench import forecast_rows, long_context
 from tiermem.bench.forecast_rows import forecast_tables
-from tiermem.bench.long_context.markdown import summary_rows, sweep_tables
+from tiermem.bench.long_context.markdown import chief_rows, summary_rows, sweep_tables
 from tiermem.bench.result import Result
 from tiermem.bench.result_file import SavedResult
 from tiermem.bench.words import parameters_text, value_text
@@ -75,7 +75,9 @@ def _table(saved: Sequence[SavedResult]) -> str:
 def _summary(results: Sequence[Result]) -> str:
     """Benchmark and name, how many figures, from the lowest to the highest, and how many aims are met."""
     groups: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
+    long = [result for result in results if result.subject.benchmark == long_context.NAME]
+    others = [result for result in results if result.subject.benchmark != long_context.NAME]
+    for result in [*others, *chief_rows(long)]:
         if result.figures is not None:
             groups.setdefault((result.subject.benchmark, result.subject.name), []).append(result)
     rows = [_summary_row(*key, group) for key, group in groups.items()]

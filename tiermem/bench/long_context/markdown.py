@@ -7,7 +7,14 @@ from collections.abc import Iterator, Sequence
 from tiermem.bench.long_context.derived import BASELINE_NAMES, FIT, OVER
 from tiermem.bench.long_context.predicted import PREDICTED
 from tiermem.bench.long_context.rates import MACHINE
-from tiermem.bench.long_context.rows import DECODE, LOGITS, OUTPUT, groups
+from tiermem.bench.long_context.rows import (
+    DECODE,
+    LOGITS,
+    OUTPUT,
+    OVER_STREAMING,
+    PASS,
+    groups,
+)
 from tiermem.bench.result import Result
 from tiermem.bench.words import parameters_text, value_text
 from tiermem.units import format_bytes
@@ -25,11 +32,22 @@ def summary_rows(results: Sequence[Result]) -> list[Result]:
     return [*(result for result in results if _is_of_a_whole_run(result)), *largest.values()]
 
 
+def chief_rows(results: Sequence[Result]) -> list[Result]:
+    """Those without the machine's rates and the fits."""
+    return [
+        result
+        for result in summary_rows(results)
+        if not result.subject.name.startswith((MACHINE, FIT))
+    ]
+
+
 def _is_of_a_whole_run(result: Result) -> bool:
     name = result.subject.name
     if name.startswith((MACHINE, FIT)):
         return True
-    return name in (DECODE, PREDICTED, *OVER.values(), *BASELINE_NAMES.values())
+    if name == OVER_STREAMING:
+        return result.subject.budget is not None
+    return name in (DECODE, PASS, PREDICTED, *OVER.values(), *BASELINE_NAMES.values())
 
 
 def sweep_tables(results: Sequence[Result]) -> Iterator[str]:
