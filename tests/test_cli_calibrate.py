@@ -181,12 +181,19 @@ def test_the_bytes_and_operations_that_are_counted() -> None:
 @pytest.mark.gpu
 def test_a_gpu_has_every_rate(cli: Cli) -> None:
     found = cli("calibrate", "--quick", "--device", "cuda", "--json")
-    assert found.code == 0, found.err
-    made = found.json()["calibration"]
-    assert set(Rates.from_table(made["rates"]).to_table()) == {
+    made, problems = found.json()["calibration"], found.json()["problems"]
+    wanted = {
         field.name
         for field in fields(Rates)
         if not field.name.startswith("disk_") and field.name != "hand_over_s"
     }
+    if problems:
+        # Beside other tests the CPU may be so late that the link runs out of copies: that part is told and missing.
+        assert found.code == 1
+        assert len(problems) == 1
+        assert "copies ended before the CPU was done" in problems[0]
+        wanted = {name for name in wanted if "attend" not in name and "beside" not in name}
+    assert set(Rates.from_table(made["rates"]).to_table()) >= wanted
+    assert found.code == bool(problems)
     assert made["copies"]["rows"]
     assert made["machine"]["gpu_uuid"]
