@@ -62,6 +62,7 @@ LAYERS = {
         "tiermem.sequence",
         "tiermem.step",
         "tiermem.step_record",
+        "tiermem.step_work",
         "tiermem.streaming",
         "tiermem.upload",
     ],

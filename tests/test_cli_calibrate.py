@@ -188,7 +188,7 @@ def test_a_gpu_has_every_rate(cli: Cli) -> None:
         if not field.name.startswith("disk_") and field.name != "hand_over_s"
     }
     if problems:
-        # Beside other tests the CPU may be so late that the link runs out of copies: that part is told and missing.
+        # Beside other tests the CPU may be so late that the link runs out of copies: that part is then missing.
         assert found.code == 1
         assert len(problems) == 1
         assert "copies ended before the CPU was done" in problems[0]
