@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 from cli_support import Cli, end, environment, start, start_holder
 
+from tiermem.cli import stats_view
 from tiermem.cli.manager_text import Rates, manager_lines
 from tiermem.cli.snapshot import Snapshot
 from tiermem.cli.table import text_width
@@ -190,6 +192,37 @@ def test_watching_draws_again_until_ctrl_c_and_leaves_the_terminal_as_it_was(
     os.close(main_end)
     assert (process.returncode, err) == (0, b"")
     assert b"\x1b[?25h" in seen
+
+
+class Interrupts:
+    """Ctrl-C comes while this is finalized, where Python drops what a signal raises."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+def test_ctrl_c_at_any_time_ends_watching(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dropped: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: dropped.append(what.exc_type))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def finds_and_is_interrupted(_pid: int | None) -> list[Snapshot]:
+        if len(dropped) > 2:
+            raise AssertionError("goes on for ever")
+        Interrupts()
+        return []
+
+    monkeypatch.setattr(stats_view, "find", finds_and_is_interrupted)
+    try:
+        assert stats_view.watch(0.001, None, as_json=False) == 0
+        assert dropped == [KeyboardInterrupt]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "no live TierManager" in capsys.readouterr().out
 
 
 def read_some(descriptor: int) -> bytes:

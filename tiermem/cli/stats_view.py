@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from tiermem.cli.manager_text import Rates, manager_lines
 from tiermem.cli.screen import Screen, terminal_width
@@ -29,9 +33,9 @@ def show(pid: int | None, as_json: bool) -> None:
 def watch(interval_s: float, pid: int | None, as_json: bool) -> int:
     """Do the same every `interval_s` seconds until Ctrl-C, in place where stdout is a terminal."""
     rates: dict[str, Rates] = {}
-    with Screen(sys.stdout, in_place=not as_json) as screen:
+    with Screen(sys.stdout, in_place=not as_json) as screen, _interrupts() as interrupts:
         try:
-            while True:
+            while not interrupts:
                 found = find(pid)
                 if as_json:
                     print(json.dumps(to_json(found)), flush=True)
@@ -42,7 +46,28 @@ def watch(interval_s: float, pid: int | None, as_json: bool) -> int:
                     screen.draw([_heading(interval_s), *lines_of(found, pid, screen.width, rates)])
                 time.sleep(interval_s)
         except KeyboardInterrupt:
-            return 0
+            pass
+    return 0
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C so far: Python drops the exception that it raises where that happens in a finalizer or a callback."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, or taken by whoever embeds this
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def find(pid: int | None) -> list[Snapshot]:
