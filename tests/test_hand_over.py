@@ -9,7 +9,7 @@ import pytest
 import torch
 from texts import Q_HEADS, TOLERANCE, Text, config_of, run_step
 
-from tiermem import ConfigError, PageLayout, TierConfig, TierManager, TransferError
+from tiermem import ConfigError, PageLayout, TierConfig, TierManager, TransferError, hand_over
 from tiermem.device.simulated import SimulatedDevice
 from tiermem.hand_over import NUM_BUFFERS, HandOver
 from tiermem.ram_attention import FixedShare
@@ -204,3 +204,39 @@ def test_a_body_that_raises_leaves_nothing_running(manager: TierManager, text: T
     assert not ram._jobs
     text.k, text.v = kept
     assert run_step(manager, [text], [1]) < TOLERANCE["float16"]
+
+
+class Clocked:
+    """An event of a GPU: when it was recorded, by a clock that every record moves by a millisecond."""
+
+    now_ms = 0.0
+
+    def __init__(self) -> None:
+        self.at_ms: float | None = None
+
+    def record(self) -> None:
+        Clocked.now_ms += 1.0
+        self.at_ms = Clocked.now_ms
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, after: Clocked) -> float:
+        assert self.at_ms is not None
+        assert after.at_ms is not None
+        return after.at_ms - self.at_ms
+
+
+def test_a_wait_that_could_not_be_enqueued_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hand_over, "_timed_event", Clocked)
+    waits = hand_over._Waits(is_timed=True)
+    for _ in range(3):
+        with waits.timed():
+            pass
+    with pytest.raises(TransferError), waits.timed():
+        raise TransferError
+    assert waits.take() == pytest.approx(3e-3)
+    with pytest.raises(TransferError), waits.timed():
+        raise TransferError
+    assert waits.take() == 0
+    assert hand_over._Waits(is_timed=False).take() is None

@@ -194,3 +194,29 @@ def step_outputs(manager: TierManager, text: Text) -> torch.Tensor:
             q = torch.ones(1, Q_HEADS, manager.layout.head_dim, dtype=text.k.dtype)
             outs.append(step.attend(layer, q))
     return torch.stack(outs)
+
+
+def test_the_last_step_tells_what_it_read_from_where(tmp_path: Path) -> None:
+    layout = layout_of()
+    config = config_of(layout, gpu=4, ram=8, ssd=60, path=tmp_path / "store", cpu_share=0.5)
+    with TierManager(layout, config) as manager:
+        assert manager.stats().last_step is None
+        text = Text.new(manager)
+        for count in (64, 64, 64, 64, 60):  # the next token has its page
+            run_step(manager, [text], [count])
+        pages = text.sequence.pages[: text.sequence.num_tokens // layout.page_tokens]
+        best = manager._core.best_tiers(pages)
+        in_ram, cold = (int((best == tier).sum()) for tier in (Tier.RAM, Tier.SSD))
+        before = manager.stats()
+        run_step(manager, [text], [1])
+        step = manager.stats().last_step
+        assert step is not None
+        attended = manager.stats().attended_bytes - before.attended_bytes
+        assert step.new_tokens == 1
+        assert step.attended_bytes == attended == round(0.5 * in_ram) * layout.page_bytes
+        assert step.streamed_bytes == in_ram * layout.page_bytes - attended
+        assert step.cold_bytes == cold * layout.page_bytes > 0
+        assert 0 < step.attended_s <= step.elapsed_s
+        with pytest.raises(KeyError), manager.step([text.sequence]):
+            raise KeyError
+        assert manager.stats().last_step == step  # what was undone is no step

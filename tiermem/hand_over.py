@@ -80,10 +80,10 @@ class _Waits:
         if self._count == len(self._events):
             self._events.append((_timed_event(), _timed_event()))
         before, after = self._events[self._count]
-        self._count += 1
         before.record()
         yield
         after.record()
+        self._count += 1  # not where something raised: an event that was not recorded has no time
 
     def take(self) -> float | None:
         """Seconds of all waits that have ended, and forget them; None where there is no such clock."""

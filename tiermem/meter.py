@@ -71,6 +71,10 @@ class Meter:
         self.attended_bytes += num_bytes
         self.attended_s += seconds
 
+    def streamed_in(self, src: Tier) -> int:
+        """Bytes of slices that came from `src` to the device so far."""
+        return self._flows.get((src, Tier.GPU), Flow()).streamed_bytes
+
     def flows(self) -> dict[Route, Flow]:
         """The counts now, by (from, to)."""
         return dict(self._flows)

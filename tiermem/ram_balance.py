@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from tiermem.pools import Slots
 from tiermem.ram_attention import MOST_ROWS, RamWork, StepBytes, first_places
 from tiermem.ram_split import SplitRates, SplitWork, best_split, split_time
+from tiermem.step_record import WAITED
 
 NEWEST = 0.25
 """Weight of the newest step in what is remembered."""
-LATE = 0.05
-"""Of a step: with a GPU that waits longer than this for the CPU, the CPU was last."""
 ODD, MOST_ODD = 2.0, 3
 """A step that takes so many times what was foreseen tells nothing, unless as many before it did too."""
 HOPE = 0.005
@@ -86,7 +85,7 @@ class RamBalance:
         self._odd = 0
         pace.cpu = _mixed(pace.cpu, work.num_bytes / work.seconds)
         link, idle_s = streamed / elapsed_s, max(elapsed_s - work.seconds, 0.0)
-        hope = pace.hope(is_cpu_last=work.awaited_s > LATE * elapsed_s)
+        hope = pace.hope(is_cpu_last=work.awaited_s > WAITED * elapsed_s)
         if pace.is_cpu_last:
             pace.idle_s = _mixed(pace.idle_s or idle_s, idle_s)
             self._link = max(self._link, link) * (1 + hope)

@@ -81,6 +81,7 @@ class Step:
         self._saves: list[Event] = []
         self._wanted = StepBytes(0, 0, 0)
         self._start_s = 0.0
+        self._streamed_before = (0, 0)
         self._next_layer = 0
         self._resident: ResidentTables | None = None
         self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -94,6 +95,7 @@ class Step:
         self._set_running(True)  # before planning: the open pages of these sequences are not idle
         core.leases.step_begins(self._sequences)
         self._start_s = time.perf_counter()
+        self._streamed_before = self._streamed()
         try:
             self._plan = plan_resident(core, self._sequences, self._new_tokens)
             if self._plan is None:
@@ -359,16 +361,23 @@ class Step:
         elapsed_s, ram = time.perf_counter() - self._start_s, self._core.ram
         if ram is not None:
             ram.policy.learn(self._wanted, work, elapsed_s)
+        pairs = zip(self._streamed(), self._streamed_before, strict=True)
+        streamed, cold = (now - before for now, before in pairs)
         return StepRecord(
             new_tokens=plan.num_rows,
             resident_bytes=plan.reads[Tier.GPU] * self._core.layout.page_bytes,
-            streamed_bytes=self._wanted.ram - work.num_bytes,
-            cold_bytes=self._wanted.cold,
+            streamed_bytes=streamed,
+            cold_bytes=cold,
             attended_bytes=work.num_bytes,
             attended_s=work.seconds,
             awaited_s=work.awaited_s,
             elapsed_s=elapsed_s,
         )
+
+    def _streamed(self) -> tuple[int, int]:
+        """Bytes that came through the ring so far, from RAM and from the SSD."""
+        meter = self._core.mover.meter
+        return meter.streamed_in(Tier.RAM), meter.streamed_in(Tier.SSD)
 
     def _check_complete(self, plan: Plan) -> None:
         num_layers = self._core.layout.num_layers

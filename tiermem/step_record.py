@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 WAITED = 0.05
-"""Of a step: where the device waited longer than this for the CPU, the CPU was the limit."""
+"""Of a step: where the device waited longer than this for the CPU, the CPU was last, and the limit."""
 
 
 @dataclass(frozen=True, slots=True)
