@@ -188,6 +188,7 @@ def test_read_refuses_damaged_pages(tmp_path: Path) -> None:
         with pytest.raises(CorruptPageError) as caught:
             sequence.read(0, 0, 10)
         assert caught.value.pages
+        assert caught.value.lost == caught.value.pages and not caught.value.can_retry
         manager.check()
 
 

@@ -54,11 +54,12 @@ class Core:
         for tier in reversed(Tier):
             tiers[self.table.states(ids, tier) == VALID] = tier
         if (tiers == NO_SLOT).any():
-            lost = ids[tiers == NO_SLOT]
+            lost = tuple(int(page) for page in ids[tiers == NO_SLOT])
             raise CorruptPageError(
                 f"{len(lost)} of {len(ids)} pages have no intact copy in any tier; roll the sequence "
                 f"back to before them, or open it again",
-                pages=tuple(int(page) for page in lost),
+                pages=lost,
+                lost=lost,
             )
         return tiers
 

@@ -26,12 +26,22 @@ class TransferError(TierMemError, OSError):
 class CorruptPageError(TransferError):
     """Bytes that came back are not the bytes that were stored; they were not served.
 
-    `pages` are the ids of the pages whose copy was found damaged.
+    `pages` are the ids of the pages whose copy was found damaged. `lost` are those of them that have no other
+    intact copy: without any, what failed can be done again, and takes the other copies; else a sequence that has
+    such a page must be rolled back to before it, or opened again.
     """
 
-    def __init__(self, message: str, pages: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, message: str, pages: tuple[int, ...] = (), lost: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(message)
         self.pages = pages
+        self.lost = lost
+
+    @property
+    def can_retry(self) -> bool:
+        """Whether every page has another copy, so that doing it again may succeed."""
+        return not self.lost
 
 
 class ClosedError(TierMemError, RuntimeError):

@@ -15,7 +15,7 @@ import torch
 from tiermem import _core
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, SlotHolds
 from tiermem.device.protocol import Device, Direction, Event, Memory
-from tiermem.errors import CorruptPageError, TransferError
+from tiermem.errors import TransferError
 from tiermem.layout import SLOT_ALIGN_BYTES, PageLayout, round_up
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
 from tiermem.store import ColdStore, StoreTransfer
@@ -324,10 +324,11 @@ class Ring:
         read.transfer.poll()
         good = self._store.verify(read.transfer)
         if not good.all():
-            raise CorruptPageError(
+            raise self._mover.corrupt(
                 f"{int((~good).sum())} pages read from SSD are not what was written there; "
                 f"they were not served",
-                pages=tuple(int(page) for page in cold.ids[~good]),
+                cold.ids[~good],
+                Tier.SSD,
             )
         return self._host.addresses(cold.ring_slots)
 

@@ -21,7 +21,7 @@ from tiermem.errors import CorruptPageError, TransferError
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.meter import Meter
-from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
+from tiermem.pools import VALID, Addresses, Ids, SlotPool, Slots, Tier
 from tiermem.store import ColdStore, StoreTransfer
 from tiermem.store_format import PageName
 from tiermem.trace import traced
@@ -112,10 +112,11 @@ class Transfer:
         table.abort(damaged, self.dst)
         table.unpin(self.ids, self.src)
         if len(damaged):
-            self.error = CorruptPageError(
+            self.error = self._mover.corrupt(
                 f"{len(damaged)} of {len(self.ids)} pages read from {self.src.name} are not what was "
                 f"written there; they were not served",
-                pages=tuple(int(page) for page in damaged),
+                damaged,
+                self.src,
             )
             self._mover.quarantine(damaged, self.src)
         self._end(len(self.ids) - len(damaged))
@@ -193,6 +194,13 @@ class Mover:
         if {src, dst} == {Tier.GPU, Tier.SSD}:
             return self._submit_staged(ids, src, dst)
         return [self._start(ids, src, dst, partial(self._start_direct, ids, src, dst), _nothing)]
+
+    def corrupt(self, message: str, ids: Ids, tier: Tier) -> CorruptPageError:
+        """What to raise for pages whose copies in `tier` were found damaged: it says which have no other one."""
+        alive = ids[self.table.alive(ids)]
+        others = [self.table.states(alive, other) == VALID for other in Tier if other != tier]
+        lost = alive[~np.logical_or.reduce(others)]
+        return CorruptPageError(message, tuple(ids.tolist()), tuple(lost.tolist()))
 
     def quarantine(self, ids: Ids, tier: Tier) -> None:
         """Drop copies that were found damaged, even the last ones: their pages are lost, never served.
