@@ -105,13 +105,14 @@ class ColdStore:
             raise ConfigError(
                 f"ssd={cap_bytes}: one page and its index take at least {least} bytes"
             )
-        self._lock = claim(self.path)
+        self._directory, self._lock = claim(self.path)
         try:
-            check_or_write_header(self.path, layout)
-            self._file = open_slots(self.path / "slots", self.slot_stride * self.num_slots)
-            self._index = StoreIndex(self.path / "index", self.num_slots)
+            check_or_write_header(self._directory, layout)
+            self._file = open_slots(self._directory, self.slot_stride * self.num_slots)
+            self._index = self._open_index()
         except BaseException:
             os.close(self._lock)
+            self._directory.close()
             raise
         self._engine = _open_engine(ENGINE_KINDS[io_engine], options)
         self._registered: list[tuple[int, int]] = []
@@ -291,8 +292,7 @@ class ColdStore:
     @property
     def disk_bytes(self) -> int:
         """What the store's files take on the disk, as `du` counts."""
-        files = [self.path / "header.json", *(self.path / "index").iterdir()]
-        return int(self._file.allocated_bytes) + sum(f.stat().st_blocks * 512 for f in files)
+        return self._directory.disk_bytes()
 
     def close(self) -> None:
         """Make everything durable and give the store up. Nothing may be in flight."""
@@ -302,10 +302,18 @@ class ColdStore:
         self._engine.close(self.timeout_s)
         self._index.close()
         self._file.close()
+        self._directory.close()
         os.close(self._lock)
         self._lock = -1
 
     # ---- inside ------------------------------------------------------------------------------------
+
+    def _open_index(self) -> StoreIndex:
+        directory = self._directory.subdirectory("index")
+        try:
+            return StoreIndex(directory, self.num_slots)
+        finally:
+            directory.close()
 
     def _fill_trailers(
         self,

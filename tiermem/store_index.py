@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tiermem.private_files import PrivateDirectory
 from tiermem.store_files import open_index
 from tiermem.store_format import KEY_BYTES, Entry, PageName
 from tiermem.store_transfer import Int64s
@@ -28,19 +28,19 @@ class StoredPages:
 
 
 class StoreIndex:
-    """The entries of a store, and what was written last to each slot.
+    """The entries of a store, and what was written last to each slot; LMDB's files are in `directory`.
 
     `generations` and `roots` have the number and the root checksum of the last write of every slot; whoever
     writes a slot sets them. `stored` is what was there at opening; entries that make no sense were deleted.
     """
 
-    def __init__(self, path: Path, num_slots: int) -> None:
+    def __init__(self, directory: PrivateDirectory, num_slots: int) -> None:
         self.num_slots = num_slots
         self.generations = np.zeros(num_slots, dtype=np.uint64)
         self.roots = np.zeros(num_slots, dtype=np.uint64)
         self._published = np.zeros(num_slots, dtype=np.bool_)
         self._keys = np.zeros((num_slots, KEY_BYTES), dtype=np.uint8)
-        self._lmdb = open_index(path, num_slots)
+        self._lmdb = open_index(directory, num_slots)
         self.stored = self._load()
 
     def publish(self, slots: Int64s, names: Sequence[PageName | None]) -> None:
