@@ -257,6 +257,7 @@ def test_logits_of_another_run_fail(
         (("--quick", "--context", "12k,"), "--context"),
         (("--quick", "--context", "none"), "must be tokens from 1 to 16m"),
         (("--quick", "--gpu", "50%"), "must be a size in bytes"),
+        (("--quick", "--dtype", "bfloat16"), "--dtype bfloat16: needs a GPU"),
         (("--quick", "--cpu-share", "2"), "must be 0 to 1, auto or measured"),
         (("--quick", "--baselines", "lru"), "must be of resident, streaming, offloaded, or none"),
         (("--quick", "--resume"), "needs --save"),

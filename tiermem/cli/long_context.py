@@ -13,6 +13,7 @@ NAME = "long-context"
 BASELINES = ("resident", "streaming", "offloaded")
 """Also what is run when --baselines is not given."""
 NONE = "none"
+DTYPES = ("float16", "bfloat16")
 
 SUMMARY = "one request larger than the GPU's share of memory, against what the machine allows"
 DESCRIPTION = """\
@@ -34,6 +35,7 @@ examples:
   tiermem bench long-context --model 33b --context 16k,32k,64k,128k --gpu 2GiB,4GiB,8GiB,16GiB \\
       --synthetic-kv --baselines none --save sweep.jsonl
   tiermem bench long-context --model 33b --context 128k --gpu 8GiB --save sweep.jsonl --resume
+  tiermem bench long-context --model 33b --context 128k --dtype bfloat16 --pass-tokens 4,8 --synthetic-kv
   tiermem bench long-context --join a.jsonl b.jsonl --save sweep.jsonl
   tiermem bench long-context --model 7b,13b,33b,70b --context 32k --gpu 4GiB --predict
   tiermem bench plot sweep.jsonl                      tokens/s over the hot budget, one line a context
@@ -53,6 +55,9 @@ def add_parser(kinds: Commands[CommandParser]) -> None:
     )
     parser.add_argument(
         "--context", metavar="TOKENS", help="32768, 32k; several with commas (128k)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of weights, K and V on a GPU (as the model has it)"
     )
     parser.add_argument("--gpu", metavar="SIZES", help="hot tier; several with commas (8GiB)")
     parser.add_argument("--ram", metavar="SIZE", help="warm tier (as much as all K and V)")

@@ -175,7 +175,7 @@ def _measured(
     if choice.is_fallback:
         note(f"measuring the CPU: {choice.reason}")
     with closing(device):
-        shapes = {name: _on(device, _shape(name)) for name in names}
+        shapes = {name: _on(device, _shape(name), options.dtype) for name in names}
         reasons = {name: _why_not(shape, settings, device) for name, shape in shapes.items()}
         if all(reasons.values()) and not options.predict:
             raise ConfigError(f"--model {options.model}: {next(iter(reasons.values()))}")
@@ -191,9 +191,13 @@ def _measured(
             yield SavedResult(result, environment, made_by)
 
 
-def _on(device: Device, shape: ModelShape) -> ModelShape:
-    """`shape` in the dtype that it has on the device."""
-    return shape if device.kind is DeviceKind.CUDA else replace(shape, dtype="float32")
+def _on(device: Device, shape: ModelShape, dtype: str | None) -> ModelShape:
+    """`shape` in the dtype that it has on the device: the one asked for, or its own; float32 on the CPU."""
+    if device.kind is not DeviceKind.CUDA:
+        if dtype is not None:
+            raise ConfigError(f"--dtype {dtype}: needs a GPU; on the CPU models are in float32")
+        return replace(shape, dtype="float32")
+    return shape if dtype is None else replace(shape, dtype=dtype)
 
 
 def _of_models(
