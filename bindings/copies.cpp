@@ -16,6 +16,7 @@
 #include "bindings.h"
 #include "tiermem/copy_engine.h"
 #include "tiermem/host_memory.h"
+#include "tiermem/memory_reader.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -181,6 +182,16 @@ void move_checked(const Numbers& dst, const Numbers& src, const Numbers& bytes, 
   move_pieces(span_of(dst), span_of(src), span_of(bytes), static_cast<std::size_t>(num_threads));
 }
 
+std::uint64_t read_checked(MemoryReader& reader, std::int64_t address, std::int64_t num_bytes) {
+  check_range("num_bytes", num_bytes, 0, INT64_MAX);
+  if (address % 64 != 0 || num_bytes % 64 != 0) {
+    throw nb::value_error("address and num_bytes: must be multiples of 64");
+  }
+  const nb::gil_scoped_release release;
+  return reader.sum(reinterpret_cast<const std::byte*>(static_cast<std::uintptr_t>(address)),
+                    static_cast<std::uint64_t>(num_bytes));
+}
+
 }  // namespace
 
 void bind_copies(nb::module_& module) {
@@ -190,6 +201,15 @@ void bind_copies(nb::module_& module) {
            nb::kw_only(), "value"_a, "num_threads"_a)
       .def("wait", &Toucher::wait, "num_bytes"_a)
       .def("stop", &Toucher::stop);
+  nb::class_<MemoryReader>(module, "MemoryReader")
+      .def(
+          "__init__",
+          [](MemoryReader* self, int num_threads) {
+            check_range("num_threads", num_threads, 1, 1024);
+            new (self) MemoryReader(static_cast<std::size_t>(num_threads));
+          },
+          "num_threads"_a)
+      .def("sum", &read_checked, "address"_a, "num_bytes"_a);
   module.def("move_pieces", &move_checked, "dst"_a.noconvert(), "src"_a.noconvert(),
              "num_bytes"_a.noconvert(), "num_threads"_a);
 }
