@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-native test-gpu check format sanitize clean
+.PHONY: help setup build demo test test-native test-gpu torture check format sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -62,6 +62,12 @@ build/native/ready: $(READY) $(CPP)
 test-gpu: $(BUILT) ## the tests that need an NVIDIA GPU
 	$(call need,pytest pytest_timeout)
 	$(BIN)/python -m pytest -m gpu
+
+# MINUTES=N, SEED=N: other cases or the same again; KIND=NAME, and CASE=N for one case of it; SAVE=FILE: the counts as JSON
+torture: $(BUILT) ## the fault suite for MINUTES=20: kills, failing disks, flipped bits, memory over time
+	$(call need,lmdb)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m torture --minutes $(or $(MINUTES),20) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(KIND),--kind $(KIND)) $(if $(CASE),--case $(CASE)) $(if $(SAVE),--save $(SAVE))
 
 check: $(BUILT) ## format, lint, strict types, import layers
 	$(call need,ruff mypy pytest)

@@ -285,3 +285,17 @@ def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "s" / "slots").symlink_to(outside)
     with pytest.raises(ConfigError):
         TierManager(LAYOUT, config(8, 8, 20, tmp_path / "s"))
+
+
+@pytest.mark.parametrize("left", [["lock"], ["lock", "header.json.new"], ["header.json.new"]])
+def test_a_store_whose_maker_was_killed_at_once_is_made_anew(
+    left: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    path.mkdir(mode=0o700)
+    for name in left:
+        (path / name).write_text("{" if "header" in name else "")
+    store_some(path)
+    with TierManager(LAYOUT, config(8, 8, 20, path)) as manager:
+        assert found(manager) == len(TOKENS)
+    assert not (path / "header.json.new").exists()

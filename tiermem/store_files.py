@@ -19,6 +19,9 @@ INDEX_BYTES = 256 * 1024
 INDEX_BYTES_PER_SLOT = 512
 """Of the cap, set aside for LMDB: its own pages, and two copies of a B-tree page while it changes."""
 
+STARTED = {"lock", "header.json.new"}
+"""What a process leaves that was killed before its new store had a header."""
+
 
 def claim(path: Path) -> tuple[PrivateDirectory, int]:
     """Make the directory where there is none and lock it; the directory and the descriptor that holds the lock.
@@ -40,7 +43,7 @@ def claim(path: Path) -> tuple[PrivateDirectory, int]:
 
 def _lock(directory: PrivateDirectory) -> int:
     names = set(directory.names())
-    if names and "header.json" not in names and names != {"lock"}:
+    if "header.json" not in names and not names <= STARTED:
         raise ConfigError("neither empty nor a tiermem store (no header.json); choose another one")
     directory.make_private()
     lock = directory.open_file("lock", os.O_RDWR | os.O_CREAT)

@@ -1,0 +1,70 @@
+"""Setting: sizes and engine of the manager of one case, and the manager itself."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiermem import TierConfig, TierManager
+from tiermem.store import INDEX_BYTES, INDEX_BYTES_PER_SLOT
+from tiermem.store_format import TRAILER_BYTES
+from torture.content import LAYOUT
+
+AMPLE = 420
+"""Slots on the SSD for everything that the prompts can become, spilled pages included: nothing is evicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """gpu, ram, ssd: pages of each tier. engine: as `TierConfig.io_engine`."""
+
+    gpu: int
+    ram: int
+    ssd: int
+    engine: str = "threads"
+    timeout_s: float = 10.0
+    cpu_share: float | None = None
+
+    @classmethod
+    def made(cls, rng: random.Random) -> Setting:
+        """Any one; half of them with an SSD tier that holds everything."""
+        return cls(
+            gpu=rng.choice([3, 6, 12, 40]),
+            ram=rng.choice([0, 4, 12]),
+            ssd=rng.choice([AMPLE, AMPLE, rng.randint(10, 60)]),
+            engine=rng.choice(["threads", "auto"]),
+            cpu_share=rng.choice([None, 0.0, 0.5]),
+        )
+
+    @property
+    def is_ample(self) -> bool:
+        """Whether the SSD tier has room for all that a case writes."""
+        return self.ssd >= AMPLE
+
+    @property
+    def cap_bytes(self) -> int:
+        """What the store may take on the disk."""
+        per_slot = LAYOUT.slot_bytes + TRAILER_BYTES + INDEX_BYTES_PER_SLOT
+        return INDEX_BYTES + self.ssd * per_slot
+
+    def config(self, path: Path) -> TierConfig:
+        """For a manager over the store at `path`."""
+        return TierConfig(
+            gpu=self.gpu * LAYOUT.slot_bytes,
+            ram=self.ram * LAYOUT.slot_bytes,
+            ssd=self.cap_bytes,
+            ssd_path=path,
+            device="cpu",
+            io_engine=self.engine,
+            io_timeout_s=self.timeout_s,
+            staging_pages=4,
+            low_watermark=0.2,
+            high_watermark=0.4,
+            cpu_threads=1,
+            cpu_share=self.cpu_share,
+        )
+
+    def open(self, path: Path) -> TierManager:
+        """A manager over the store at `path`."""
+        return TierManager(LAYOUT, self.config(path), model_id="torture")
