@@ -28,8 +28,10 @@ from tiermem.device.protocol import (
     Memory,
     MemoryInfo,
     Progress,
+    Slices,
     Stream,
 )
+from tiermem.device.sums import make_slices, sum_now, verify_now
 from tiermem.errors import ClosedError
 
 
@@ -121,11 +123,21 @@ class CpuDevice:
         num_bytes: Addresses | int,
         stream: Stream,
     ) -> None:
-        self.check_open()
-        if not isinstance(stream, CpuStream):
-            raise TypeError(f"stream={stream!r}: must be a stream of the same device")
+        self._check_stream(stream)
         batch = CopyBatch.checked(direction, dst, src, num_bytes)
         move_pieces(batch.dst, batch.src, batch.num_bytes, touch_threads())
+
+    def slices(self, pages: Addresses, rows: Addresses, slice_bytes: int) -> Slices:
+        self.check_open()
+        return make_slices(pages, rows, slice_bytes)
+
+    def sum_slices(self, slices: Slices, layers: range, stream: Stream) -> None:
+        self._check_stream(stream)
+        sum_now(slices, layers)
+
+    def verify_slices(self, slices: Slices, layers: range, stream: Stream) -> None:
+        self._check_stream(stream)
+        verify_now(slices, layers)
 
     def write_word(self, address: int, value: int) -> None:
         self.check_open()
@@ -152,3 +164,8 @@ class CpuDevice:
         """Raise ClosedError once the device is closed."""
         if self._closed:
             raise ClosedError("the CPU device is closed")
+
+    def _check_stream(self, stream: Stream) -> None:
+        self.check_open()
+        if not isinstance(stream, CpuStream):
+            raise TypeError(f"stream={stream!r}: must be a stream of the same device")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +24,14 @@ from tiermem.device.protocol import (
     Memory,
     MemoryInfo,
     Progress,
+    Slices,
     Stream,
 )
+from tiermem.device.sums import make_slices
 from tiermem.errors import ClosedError, ConfigError, InvariantError, TransferError
+
+if TYPE_CHECKING:
+    from tiermem.attention.kernels.checksum import ChecksumKernels
 
 
 class CudaMemory:
@@ -95,6 +101,7 @@ class CudaDevice:
         self._copy_method: CopyMethod | None = None
         self._copy_resources = CopyResources()
         self._staging: Memory | None = None  # of the copies
+        self._checksums: ChecksumKernels | None = None
         self.events = EventPool()
         self.closed = False
 
@@ -197,13 +204,24 @@ class CudaDevice:
         num_bytes: Addresses | int,
         stream: Stream,
     ) -> None:
-        self.check_open()
-        if not isinstance(stream, CudaStream) or stream.device is not self:
-            raise TypeError(f"stream={stream!r}: must be a stream of the same device")
+        handle = self._handle_of(stream)
         batch = CopyBatch.checked(direction, dst, src, num_bytes)
-        owner = StreamOwner.DEVICE if stream.handle in self._streams else StreamOwner.OTHER
+        owner = StreamOwner.DEVICE if handle in self._streams else StreamOwner.OTHER
         with self.current():
-            self._engine().submit(batch, stream.handle, owner)
+            self._engine().submit(batch, handle, owner)
+
+    def slices(self, pages: Addresses, rows: Addresses, slice_bytes: int) -> Slices:
+        """As the protocol says. The first one of a size compiles and loads kernels."""
+        self.check_open()
+        slices = make_slices(pages, rows, slice_bytes, pinned=True)
+        self._checksum_kernels().warm_up(slice_bytes)
+        return slices
+
+    def sum_slices(self, slices: Slices, layers: range, stream: Stream) -> None:
+        self._launch_sums(slices, layers, stream, verify=False)
+
+    def verify_slices(self, slices: Slices, layers: range, stream: Stream) -> None:
+        self._launch_sums(slices, layers, stream, verify=True)
 
     def write_word(self, address: int, value: int) -> None:
         self.check_open()
@@ -263,6 +281,33 @@ class CudaDevice:
             ),
             *(partial(cuda.unload_module, module) for module in copies.modules),
         ]
+
+    def _handle_of(self, stream: Stream) -> int:
+        """The handle of one of this device's streams, while it is open."""
+        self.check_open()
+        if not isinstance(stream, CudaStream) or stream.device is not self:
+            raise TypeError(f"stream={stream!r}: must be a stream of the same device")
+        return stream.handle
+
+    def _checksum_kernels(self) -> ChecksumKernels:
+        """The kernels, made at their first use: they need Triton, which takes a second to import."""
+        if self._checksums is None:
+            from tiermem.attention.kernels.checksum import ChecksumKernels
+
+            self._checksums = ChecksumKernels(self.torch_device)
+        return self._checksums
+
+    def _launch_sums(self, slices: Slices, layers: range, stream: Stream, *, verify: bool) -> None:
+        handle = self._handle_of(stream)
+        if len(slices.pages) == 0:
+            return
+        try:
+            self._checksum_kernels().launch(
+                slices.pages, slices.rows, slices.marks, slices.slice_bytes, layers, handle,
+                verify=verify,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise TransferError(f"checksums: {error}") from error
 
     def _engine(self) -> CudaCopies:
         """The copy engine, made at its first use."""

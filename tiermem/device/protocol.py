@@ -142,6 +142,30 @@ class Memory(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Slices:
+    """Slices of pages whose checksums are to be stored or compared, where the device sees what it needs of them.
+
+    Parameters
+    ----------
+    pages: (n,) int64, addresses of each page's first slice; the others follow it.
+    rows: (n,) int64, addresses in host memory of each page's row of sums, one uint64 a layer.
+    marks: (n,) int32, for pages that were compared: 0, or one more than a layer whose sum was another one.
+    slice_bytes: of one slice, a multiple of 16.
+
+    They must be kept until what was given to a stream with them has ended.
+    """
+
+    pages: torch.Tensor
+    rows: torch.Tensor
+    marks: torch.Tensor
+    slice_bytes: int
+
+    def marked(self) -> NDArray[np.int32]:
+        """The marks, for the host: valid once the comparisons were seen done."""
+        return self.marks.numpy()
+
+
 @runtime_checkable
 class Device(Protocol):
     """Hot memory, the host memory beside it, and what moves bytes between them."""
@@ -229,6 +253,35 @@ class Device(Protocol):
         order, so none may write what another reads or writes. The host does not wait, up to what
         the driver queues: a GPU's takes some 25,000 pieces on a stream that is held, and lets the
         caller wait before it takes more.
+        """
+        ...
+
+    def slices(self, pages: Addresses, rows: Addresses, slice_bytes: int) -> Slices:
+        """What `sum_slices` and `verify_slices` take; their memory must stay as long as it is used.
+
+        Parameters
+        ----------
+        pages: (n,) int64, in hot memory, each a multiple of 16.
+        rows: (n,) int64, in host memory of this device, each a multiple of 8.
+        slice_bytes: a multiple of 16.
+
+        Raises
+        ------
+        ValueError: lengths that differ, or another slice_bytes.
+        """
+        ...
+
+    def sum_slices(self, slices: Slices, layers: range, stream: Stream) -> None:
+        """Store the checksums (`_core.checksum`) of consecutive slices of each page in its row, at `layers`.
+
+        Ordering: as a copy that reads the slices and writes the rows.
+        """
+        ...
+
+    def verify_slices(self, slices: Slices, layers: range, stream: Stream) -> None:
+        """Compare the checksums of consecutive slices of each page with its row's at `layers`; mark other ones.
+
+        Ordering: as a copy that reads the slices and the rows, and writes the marks.
         """
         ...
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,9 +32,11 @@ from tiermem.device.protocol import (
     Memory,
     MemoryInfo,
     Progress,
+    Slices,
     Stream,
 )
 from tiermem.device.simulated_stream import Piece, SimulatedEvent, SimulatedStream
+from tiermem.device.sums import make_slices, sum_now, verify_now
 from tiermem.errors import ClosedError, ConfigError, InvariantError
 
 POISON_BYTE = 0xFF
@@ -132,18 +136,26 @@ class SimulatedDevice:
         stream: Stream,
     ) -> None:
         """As the protocol says; an address outside this device's live memory is a ValueError."""
-        self.check_open()
-        if not isinstance(stream, SimulatedStream) or stream.device is not self:
-            raise TypeError(f"stream={stream!r}: must be a stream of the same device")
+        own = self._own(stream)
         batch = CopyBatch.checked(direction, dst, src, num_bytes)
         self._check_inside(batch)
         pieces = self._numbered(batch)
         self._random.shuffle(pieces)
-        if stream.is_compute:
+        if own.is_compute:
             for piece in pieces:
-                stream.run(piece)
+                own.run(piece)
         elif pieces:
-            stream.give(pieces)
+            own.give(pieces)
+
+    def slices(self, pages: Addresses, rows: Addresses, slice_bytes: int) -> Slices:
+        self.check_open()
+        return make_slices(pages, rows, slice_bytes)
+
+    def sum_slices(self, slices: Slices, layers: range, stream: Stream) -> None:
+        self._do_in_order(stream, partial(sum_now, slices, layers))
+
+    def verify_slices(self, slices: Slices, layers: range, stream: Stream) -> None:
+        self._do_in_order(stream, partial(verify_now, slices, layers))
 
     def write_word(self, address: int, value: int) -> None:
         self.check_open()
@@ -249,6 +261,21 @@ class SimulatedDevice:
         if needed is not None:
             self.run_until(needed)
         stream.step()
+
+    def _own(self, stream: Stream) -> SimulatedStream:
+        """`stream`, which must be one of this device's, while it is open."""
+        self.check_open()
+        if not isinstance(stream, SimulatedStream) or stream.device is not self:
+            raise TypeError(f"stream={stream!r}: must be a stream of the same device")
+        return stream
+
+    def _do_in_order(self, stream: Stream, run: Callable[[], None]) -> None:
+        """What a kernel does: at once on the compute stream, as everything there, else late."""
+        own = self._own(stream)
+        if own.is_compute:
+            run()
+        else:
+            own.give_task(run)
 
     def _allocate(self, num_bytes: int, owners: set[HostMemory]) -> Memory:
         def forget(memory: HostMemory) -> None:

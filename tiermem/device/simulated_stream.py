@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,6 +61,13 @@ class _Pieces:
 
 
 @dataclass(frozen=True, slots=True)
+class _Task:
+    """Something else to do in the order of the stream."""
+
+    run: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
 class _Wait:
     """The stream goes on when `event` has passed."""
 
@@ -75,7 +82,7 @@ class SimulatedStream:
     def __init__(self, device: SimulatedDevice, *, is_compute: bool) -> None:
         self.device = device
         self.is_compute = is_compute
-        self.queue: deque[_Pieces | _Wait | SimulatedEvent] = deque()
+        self.queue: deque[_Pieces | _Task | _Wait | SimulatedEvent] = deque()
         self.event_failure: str | None = None  # for the next event to pass
         self.stream_failure: str | None = None  # for the next synchronize()
 
@@ -109,6 +116,10 @@ class SimulatedStream:
         """Queue the pieces of one batch, to be run from the last to the first."""
         self.queue.append(_Pieces(pieces))
 
+    def give_task(self, run: Callable[[], None]) -> None:
+        """Queue something else to be done."""
+        self.queue.append(_Task(run))
+
     def blocking_event(self) -> SimulatedEvent | None:
         """The event that the front of the queue waits for, if it has not passed."""
         front = self.queue[0] if self.queue else None
@@ -119,7 +130,7 @@ class SimulatedStream:
         return bool(self.queue) and self.blocking_event() is None
 
     def step(self) -> None:
-        """Run the front of the queue: one piece of a batch, or one event or wait that is passed.
+        """Run the front of the queue: one piece of a batch, one task, or one event or wait that is passed.
 
         REQUIRES: can_step().
         """
@@ -130,6 +141,8 @@ class SimulatedStream:
                 self.queue.popleft()
             self.run(piece)
             return
+        if isinstance(front, _Task):
+            front.run()
         if isinstance(front, SimulatedEvent):
             front.failure, self.event_failure = self.event_failure, None
             front.passed = True
