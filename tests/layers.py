@@ -44,10 +44,13 @@ LAYERS = {
     "pools": ["tiermem.pools"],
     "store": [
         "tiermem.disk_rates",
+        "tiermem.index_image",
         "tiermem.store",
         "tiermem.store_files",
         "tiermem.store_format",
         "tiermem.store_index",
+        "tiermem.store_names",
+        "tiermem.store_records",
         "tiermem.store_transfer",
     ],
     "prefix": ["tiermem.prefix"],
@@ -146,7 +149,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 RESERVED = {
     "cuda": ["tiermem.device.cuda"],
     "cupy": [],
-    "lmdb": ["tiermem.store", "tiermem.store_files", "tiermem.cli"],
+    "lmdb": [
+        "tiermem.store",
+        "tiermem.store_files",
+        "tiermem.store_index",
+        "tiermem.index_image",
+        "tiermem.cli",
+    ],
     "triton": ["tiermem.attention.kernels"],
     "transformers": ["tiermem.integrations", "tiermem.cli"],
     "threading": ["tiermem.service"],

@@ -155,9 +155,7 @@ def test_disk_bytes_are_those_of_du(directory: PrivateDirectory) -> None:
 # ---- a store ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["lock", "header.json", "slots", "index", "index/data.mdb", "index/lock.mdb"]
-)
+@pytest.mark.parametrize("name", ["lock", "header.json", "slots", "index", "index/data.mdb"])
 def test_no_link_in_a_store_is_followed(tmp_path: Path, name: str) -> None:
     store_some(tmp_path / "s")
     outside = tmp_path / "outside"

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,17 @@ from tiermem import (
     TierManager,
 )
 from tiermem._core import Tier
+from tiermem.index_image import IndexImage, read_index
+from tiermem.private_files import PrivateDirectory
 from tiermem.store_format import (
     TRAILER_BYTES,
-    UNNAMED,
-    Entry,
-    PageName,
+    names_in,
     pack_trailer,
     parse_trailer,
+    sound_trailers,
 )
+from tiermem.store_names import UNNAMED, ChainRoot, GoneReason, PageName
+from tiermem.store_records import Entry, page_key
 
 PAGE = LAYOUT.page_tokens
 TOKENS = list(range(6 * PAGE))
@@ -40,6 +44,15 @@ TOKENS = list(range(6 * PAGE))
 def store_some(path: Path, ssd: int = 20) -> None:
     with TierManager(LAYOUT, config(8, 8, ssd, path)) as manager:
         grow(manager, manager.open_sequence(), TOKENS)
+
+
+def image_at(path: Path) -> IndexImage:
+    """What the index of a store that is closed holds."""
+    directory = PrivateDirectory.open(path / "index")
+    try:
+        return read_index(directory)
+    finally:
+        directory.close()
 
 
 def found(manager: TierManager) -> int:
@@ -197,10 +210,10 @@ def test_index_entries_that_cannot_be_are_dropped(tmp_path: Path) -> None:
 
     store_some(tmp_path / "s")
     with lmdb.open(str(tmp_path / "s" / "index")) as env, env.begin(write=True) as txn:
-        keys = [key for key, _ in txn.cursor()]
+        keys = [key for key, _ in txn.cursor() if key[:1] == b"p"]
         txn.put(keys[0], b"short")
         txn.put(b"not a key", b"x" * 64)
-        txn.put(bytes(32), Entry(10**9, 1, 0, 1, UNNAMED).pack())
+        txn.put(page_key(bytes(32)), Entry(10**9, 0, 1, 1, UNNAMED, 1).pack(bytes(32)))
     with TierManager(LAYOUT, config(8, 8, 20, tmp_path / "s")) as manager:
         assert found(manager) < len(TOKENS)
         manager.check()
@@ -221,6 +234,54 @@ def test_the_trailer_of_another_write_is_refused() -> None:
         assert parse_trailer(LAYOUT, 7, bytes(flipped)) is None, f"bit {bit}"
 
 
+def test_provenance_is_stored_with_every_page(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with TierManager(LAYOUT, config(8, 8, 20, path), model_id="m", shard=(1, 3)) as manager:
+        grow(manager, manager.open_sequence(label="first chat", salt=b"x"), TOKENS)
+        manager.flush()
+        other = manager.open_sequence(TOKENS, salt=b"x", label="second")  # attached: two hits more
+        assert other.num_tokens == len(TOKENS)
+        root = manager._core.prefixes.root(b"x")
+    with TierManager(LAYOUT, config(8, 8, 20, path), model_id="m", shard=(1, 3)) as manager:
+        names = manager._core.prefixes.names_of(manager._core.prefixes.pages())
+        assert {name.label for name in names if name} == {"first chat"}
+        want = ChainRoot.of(root, "m", (1, 3), b"x")
+        assert [name.root for name in names if name] == [want] * 6
+        assert manager.open_sequence(TOKENS).num_tokens == 0  # another salt
+    image = image_at(path)
+    assert image.strays == ()
+    entries = image.entries["entry"]
+    assert set(entries["hits"].tolist()) == {1}
+    assert sorted(entries["position"].tolist()) == list(range(6))
+    raw = np.fromfile(path / "slots", dtype=np.uint8).reshape(20, STRIDE)
+    trailers, sound = sound_trailers(LAYOUT, raw[:, LAYOUT.slot_bytes :])
+    assert sound[entries["slot"]].all()
+    assert sound.sum() == 6
+    for name in names_in(trailers[entries["slot"]]):
+        assert name is not None
+        assert name.root == replace(want, model_id="")
+    same = trailers["generation"][entries["slot"]] == entries["generation"]
+    assert same.all()
+
+
+def test_what_is_gone_is_told_until_there_is_too_much_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with TierManager(LAYOUT, config(2, 2, 3, path)) as manager:
+        for i in range(4):
+            sequence = manager.open_sequence()
+            grow(manager, sequence, [1000 * i + t for t in range(2 * PAGE)])
+            sequence.close()
+            manager.flush()
+    gone = [gone for _, gone in image_at(path).gone]
+    assert len(gone) >= 5
+    assert {record.why for record in gone} <= {GoneReason.EVICTED, GoneReason.UNREACHABLE}
+    stored = {row["key"].tobytes() for row in image_at(path).entries}
+    assert {record.key for record in gone}.isdisjoint(stored)
+    store_some(tmp_path / "cut")
+    store_some(tmp_path / "cut", 2)
+    assert GoneReason.CAP in {gone.why for _, gone in image_at(tmp_path / "cut").gone}
+
+
 # ---- what is refused ---------------------------------------------------------------------------------
 
 
@@ -239,10 +300,16 @@ def test_a_store_of_another_layout_or_version_is_refused_and_kept(tmp_path: Path
         TierManager(other, TierConfig(gpu="1MiB", ram=0, ssd="2MiB", ssd_path=path, device="cpu"))
     header = path / "header.json"
     text = header.read_text()
-    header.write_text(json.dumps({**json.loads(text), "version": 99}))
-    with pytest.raises(ConfigError, match="store format version 99"):
-        TierManager(LAYOUT, config(8, 8, 20, path))
-    for broken in ("{", "[]", '{"format": "other"}', "x" * 200_000):
+    for version in (1, 3, 99, "2", None):
+        header.write_text(json.dumps({**json.loads(text), "version": version}))
+        with pytest.raises(
+            ConfigError, match=rf"store format version {version!r}, .* reads version 2"
+        ):
+            TierManager(LAYOUT, config(8, 8, 20, path))
+    changed = [json.dumps({**json.loads(text), "page_tokens": 32})]
+    changed += [json.dumps({k: v for k, v in json.loads(text).items() if k != "checksum"})]
+    changed += [json.dumps({**json.loads(text), "dtype": []}), "[" * 60_000]
+    for broken in (*changed, "{", "[]", '{"format": "other"}', "x" * 200_000):
         header.write_text(broken)
         with pytest.raises(ConfigError, match=r"header\.json"):
             TierManager(LAYOUT, config(8, 8, 20, path))

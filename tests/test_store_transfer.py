@@ -151,8 +151,8 @@ def test_a_store_that_was_written_in_parts_opens_again(
     store.publish(slots, list(names))
     store.close()
     store = ColdStore(tmp_path / "s", LAYOUT, CAP, "threads", 30.0)
-    stored = zip(store.stored.keys, store.stored.slots, strict=True)
-    by_key = {bytes(key): int(slot) for key, slot in stored}
+    stored = store.take_stored()
+    by_key = {bytes(k): int(s) for k, s in zip(stored.keys, stored.slots, strict=True)}
     assert by_key == {name.key: int(slot) for name, slot in zip(names, slots, strict=True)}
     target = memory(10 * SLOT)
     transfer = store.read(slots, at(target))

@@ -149,11 +149,12 @@ class TierManager:
         core = self._core
         core.in_flight.reap()
         limit = len(ids) if at_most is None else min(len(ids), at_most)
-        root = core.prefixes.root(salt)
-        keys = core.prefixes.chain(root, np.array(ids[:limit], dtype=np.int64))
+        root = core.prefixes.chain_root(salt)
+        keys = core.prefixes.chain(root.hash, np.array(ids[:limit], dtype=np.int64))
         pages = core.prefixes.match(keys)
         core.table.add_ref(pages)
         core.touch(pages)
+        core.prefixes.note_attached(pages, keys[: len(pages)])
         attached = len(pages) * self.layout.page_tokens
         self._counts["prompt_tokens"] += len(ids)
         self._counts["attached_tokens"] += attached
@@ -186,6 +187,8 @@ class TierManager:
         self._check_open()
         self._core.in_flight.reap()
         self._core.room.demote_ahead()
+        if self._store is not None:
+            self._store.poll()
         self._pressure.check()
         self._publisher.refresh(self.stats)
 

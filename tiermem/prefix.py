@@ -15,10 +15,12 @@ from tiermem import _core
 from tiermem.layout import PageLayout
 from tiermem.pools import NO_SLOT, Ids, Tier
 from tiermem.store import ColdStore
-from tiermem.store_format import KEY_BYTES, PageName
+from tiermem.store_names import KEY_BYTES, NO_ROOT, ChainRoot, GoneReason, PageName
 
 INDEX_MASK = 2**32 - 1
 """The lower half of a page id: small numbers, used again by later pages."""
+MIN_ORIGINS = 4096
+"""Roots and labels are kept for pages that are named no longer up to this many, or twice those in use."""
 
 
 class Prefixes:
@@ -39,8 +41,13 @@ class Prefixes:
             layout.fingerprint(), model_id.encode(), shard[0].to_bytes(4, "little"),
             shard[1].to_bytes(4, "little"),
         ]  # fmt: skip
+        self._model_id, self._shard = model_id, shard
         self._clock = 0
-        self._last_use = np.zeros(0, dtype=np.int64)
+        self._last_use = np.zeros(0, dtype=np.int64)  # both by the lower half of a page's id
+        self._origin = np.zeros(0, dtype=np.int32)
+        self._origins = [(NO_ROOT, "")]
+        self._origin_places = {(NO_ROOT.hash, ""): 0}
+        self._most_origins = MIN_ORIGINS
         if store is not None:
             self._adopt(store)
 
@@ -53,6 +60,10 @@ class Prefixes:
         """The parent of every first page under `salt`: never equal for other layouts, models, shards or salts."""
         return self._index.root_hash([*self._identity, salt])
 
+    def chain_root(self, salt: bytes) -> ChainRoot:
+        """That root with what it is made of, as stored pages tell it."""
+        return ChainRoot.of(self.root(salt), self._model_id, self._shard, salt)
+
     def chain(self, parent: bytes, tokens: NDArray[np.int64]) -> list[bytes]:
         """The chain hash of each whole page of `tokens`, 32 bytes each."""
         return [row.tobytes() for row in self._index.chain(parent, tokens)]
@@ -63,30 +74,47 @@ class Prefixes:
         lost = np.flatnonzero(self._table.is_lost(ids))
         return ids[: lost[0]] if len(lost) else ids
 
+    def note_attached(self, pages: Ids, keys: list[bytes]) -> None:
+        """These pages, called so, are used by one more sequence that did not compute them."""
+        self.note_use(pages)
+        if self._store is not None:
+            self._store.note_hits(keys)
+
     # ---- publishing --------------------------------------------------------------------------------
 
-    def publish(self, pages: Ids, parent: bytes, keys: list[bytes], position: int) -> None:
+    def publish(
+        self,
+        pages: Ids,
+        parent: bytes,
+        keys: list[bytes],
+        position: int,
+        root: ChainRoot,
+        label: str = "",
+    ) -> None:
         """Name sealed pages, the first at `position` in its chain; names that are taken stay where they are.
 
+        `root` is where the chain starts, `label` the sequence's: stored pages tell both.
         Pages that were written to the store before they had a name get it in the store by the next `flush`.
         """
         # a page that two sequences share may have its name from the other one already
         nameless = ~(self._index.names(pages)[3] | self._table.is_lost(pages))
+        self.note_use(pages)
+        origin = self._origin_place(root, label) if nameless.any() else 0
         for i in np.flatnonzero(nameless):
             above = keys[i - 1] if i else parent
             if self._index.insert(above, keys[i], int(pages[i]), position + int(i)):
                 self._table.publish(pages[i : i + 1])
-        self.note_use(pages)
+                self._origin[pages[i] & INDEX_MASK] = origin
 
     def names_of(self, ids: Ids) -> list[PageName | None]:
         """What each page is called; None for one without a name."""
         keys, parents, positions, named = self._index.names(ids)
-        return [
-            PageName(keys[i].tobytes(), parents[i].tobytes(), int(positions[i]))
-            if named[i]
-            else None
-            for i in range(len(ids))
-        ]
+        names: list[PageName | None] = [None] * len(ids)
+        for i in np.flatnonzero(named).tolist():
+            root, label = self._origins[self._origin[ids[i] & INDEX_MASK]]
+            key, above = keys[i].tobytes(), parents[i].tobytes()
+            names[i] = PageName(key, above, int(positions[i]), root, label)
+        return names
 
     def pages(self) -> Ids:
         """Every published page, least recently used first, children before their parents."""
@@ -96,10 +124,7 @@ class Prefixes:
     def note_use(self, ids: Ids) -> None:
         """These pages are used now. Kept for pages without a name too: they may get one."""
         places = ids & INDEX_MASK
-        if len(places) and int(places.max()) >= len(self._last_use):
-            grown = np.zeros(2 * int(places.max()) + 1024, dtype=np.int64)
-            grown[: len(self._last_use)] = self._last_use
-            self._last_use = grown
+        self._reserve(ids)
         self._clock += 1
         self._last_use[places] = self._clock
 
@@ -108,11 +133,12 @@ class Prefixes:
     def forget_copies(self, tier: Tier, dropped: Ids, dead: Ids) -> None:
         """Copies of `dropped` in `tier` are gone, and the pages `dead` with them.
 
-        What is gone from the SSD leaves the store's index before its slot is written again. Pages that can
-        no longer be found, because a page before them is gone, go too.
+        What is gone from the SSD leaves the store's index. Pages that can no longer be found, because a page
+        before them is gone, go too.
         """
         if tier == Tier.SSD and self._store is not None and len(dropped):
-            self._store.unpublish_keys(name.key for name in self.names_of(dropped) if name)
+            keys = [name.key for name in self.names_of(dropped) if name]
+            self._store.unpublish_keys(keys, GoneReason.EVICTED)
         self.forget(dead)
 
     def forget(self, ids: Ids) -> None:
@@ -125,17 +151,52 @@ class Prefixes:
     # ---- a store that is opened again --------------------------------------------------------------
 
     def _adopt(self, store: ColdStore) -> None:
-        stored = store.stored
+        stored = store.take_stored()
         ids = self._table.create_stored(Tier.SSD, stored.slots)
-        self.note_use(ids)
-        orphans = self._index.insert_many(stored.parents, stored.keys, ids, stored.positions)
-        self._unpublish(orphans)
+        self._reserve(ids)
+        _, self._last_use[ids & INDEX_MASK] = np.unique(stored.last_use_s, return_inverse=True)
+        self._clock = int(self._last_use.max(initial=0))
+        places = [self._origin_place(root, label) for root, label in stored.names]
+        self._origin[ids & INDEX_MASK] = np.array(places, dtype=np.int32)[stored.origins]
+        self._unpublish(self._index.insert_many(stored.parents, stored.keys, ids, stored.positions))
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _reserve(self, ids: Ids) -> None:
+        """Have a place for each of `ids` in the arrays."""
+        count = int((ids & INDEX_MASK).max(initial=-1)) + 1
+        if count > len(self._last_use):
+            more = count + count // 8 + 1024 - len(self._last_use)
+            self._last_use = np.pad(self._last_use, (0, more))
+            self._origin = np.pad(self._origin, (0, more))
+
+    def _origin_place(self, root: ChainRoot, label: str) -> int:
+        """The place of root and label among `_origins`, where pages have it from."""
+        place = self._origin_places.get((root.hash, label))
+        if place is None:
+            if len(self._origins) >= self._most_origins:
+                self._drop_origins()
+            place = len(self._origins)
+            self._origins.append((root, label))
+            self._origin_places[root.hash, label] = place
+        return place
+
+    def _drop_origins(self) -> None:
+        """Forget the roots and labels that no page has any more."""
+        places = self._index.pages() & INDEX_MASK
+        used, new = np.unique(self._origin[places], return_inverse=True)
+        self._origin[places] = new + 1
+        self._origins = [(NO_ROOT, ""), *(self._origins[place] for place in used)]
+        self._origin_places = {
+            (root.hash, label): place for place, (root, label) in enumerate(self._origins)
+        }
+        self._most_origins = max(MIN_ORIGINS, 2 * len(self._origins))
 
     def _unpublish(self, ids: Ids) -> None:
         """Pages that can no longer be found lose their entry in the store, then their name."""
         slots = self._table.slots(ids, Tier.SSD)
         if self._store is not None:
-            self._store.unpublish(slots[slots != NO_SLOT])
+            self._store.unpublish(slots[slots != NO_SLOT], GoneReason.UNREACHABLE)
         self._table.unpublish(ids[self._table.is_published(ids)])
 
 

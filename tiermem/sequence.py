@@ -12,6 +12,7 @@ import torch
 from tiermem.core import Core
 from tiermem.errors import ClosedError, TierMemError
 from tiermem.pools import NO_SLOT, VALID, Ids, Tier
+from tiermem.store_names import ChainRoot
 
 MAX_TOKEN_ID = 2**32 - 1
 
@@ -36,7 +37,7 @@ class Sequence:
         self,
         core: Core,
         owner: SequenceOwner,
-        root: bytes,
+        root: ChainRoot,
         attached: Ids,
         names: SequenceOf[int],
         keys: list[bytes],
@@ -247,9 +248,11 @@ class Sequence:
         if full == known:
             return
         names = np.array(self._names[known * page_tokens : full * page_tokens], dtype=np.int64)
-        parent = self._keys[-1] if self._keys else self._root
+        parent = self._keys[-1] if self._keys else self._root.hash
         keys = self._core.prefixes.chain(parent, names)
-        self._core.prefixes.publish(self.pages[known:full], parent, keys, known)
+        self._core.prefixes.publish(
+            self.pages[known:full], parent, keys, known, self._root, self.label
+        )
         self._keys.extend(keys)
 
 

@@ -2,13 +2,15 @@
 
 Directory (0700, files 0600)::
 
-    header.json   format version and page layout; written once, before anything else
-    lock          held by flock while a process owns the store
-    slots         num_slots x (page, padded to 4,096 bytes, + a trailer of 4,096 bytes)
-    index/        LMDB: chain hash -> slot, generation, position, root checksum, parent's chain hash
+    header.json     format version and page layout; written once, before anything else (`store_format`)
+    lock            held by flock while a process owns the store
+    slots           num_slots x (page, padded to 4,096 bytes, + a trailer of 4,096 bytes; `store_format`)
+    index/data.mdb  LMDB: chain hash -> slot, generation, checksum, provenance; and roots, labels, and what
+                    is gone (`store_records`)
 
-Payload first, index entry after: the entry is the publication. An entry is deleted before its slot is written
-again. Slots without an entry are free at the next start.
+Payload first, index entry after: the entry is the publication. Slots without an entry are free at the next start.
+An entry is a hint: whether a slot holds what it says is decided by the generation in the slot's trailer and by
+the checksums, whenever it is read. So an entry that is outdated after a crash is a miss, never wrong bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 
 from tiermem import _core
 from tiermem.disk_rates import DiskOptions, open_engine
-from tiermem.errors import ConfigError
+from tiermem.errors import ConfigError, TransferError
 from tiermem.layout import PageLayout
 from tiermem.store_files import (
     INDEX_BYTES,
@@ -41,6 +43,7 @@ from tiermem.store_format import (
     parse_trailers,
 )
 from tiermem.store_index import StoredPages, StoreIndex
+from tiermem.store_names import GoneReason
 from tiermem.store_transfer import Int64s as _Int64s
 from tiermem.store_transfer import (
     StoreTransfer,
@@ -59,6 +62,10 @@ REGISTER_BYTES = 1 << 30
 """Of memory registered with io_uring at once: what the kernel takes."""
 REGISTER_S = 1.0
 """Registering saves a little of every transfer; a start must not wait for it. 2 GiB of huge pages took 36 ms."""
+
+SYNC_S = 1.0
+SYNC_RECORDS = 4096
+"""Entries and deletions become durable when the oldest is so many seconds old, or when there are so many."""
 
 ENGINE_KINDS = {
     "auto": _core.EngineKind.AUTO,
@@ -119,6 +126,7 @@ class ColdStore:
         self._layer_sums: dict[int, NDArray[np.uint64]] = {}
         newest = int(self._index.generations.max(initial=0))
         self._next_generation = max(time.time_ns(), newest + 1)
+        self._synced_s = time.monotonic()
         self.num_corrupt = 0
 
     # ---- whole pages -------------------------------------------------------------------------------
@@ -219,22 +227,25 @@ class ColdStore:
         """Make the named pages in `slots`, whose writes have ended, findable after a restart."""
         self._index.publish(slots, names)
 
-    def unpublish(self, slots: _Int64s) -> None:
+    def unpublish(self, slots: _Int64s, why: GoneReason) -> None:
         """Delete the entries that name what is in `slots`, where there are any."""
-        self._index.unpublish(slots)
+        self._index.unpublish(slots, why)
 
-    def unpublish_keys(self, keys: Iterable[bytes]) -> None:
-        """Delete the entries of `keys`, where there are any, before their slots are written again."""
-        self._index.unpublish_keys(keys)
+    def unpublish_keys(self, keys: Iterable[bytes], why: GoneReason) -> None:
+        """Delete the entries of `keys`, where there are any."""
+        self._index.unpublish_keys(keys, why)
+
+    def note_hits(self, keys: Iterable[bytes]) -> None:
+        """The pages called so were attached to a sequence."""
+        self._index.note_hits(keys)
 
     def is_published(self, slots: _Int64s) -> NDArray[np.bool_]:
         """Whether the index has an entry for what was written to each slot."""
         return self._index.is_published(slots)
 
-    @property
-    def stored(self) -> StoredPages:
-        """What the index held when the store was opened."""
-        return self._index.stored
+    def take_stored(self) -> StoredPages:
+        """What the index held when the store was opened; given out once."""
+        return self._index.take_stored()
 
     def rename(self, slots: _Int64s, names: Sequence[PageName]) -> NDArray[np.bool_]:
         """Name pages that were written without one; which of them were found intact and are published now."""
@@ -278,9 +289,37 @@ class ColdStore:
         self._registered.clear()
 
     def sync(self) -> None:
-        """Return when every page and entry written so far is durable."""
-        self._file.sync()
-        self._index.sync()
+        """Return when every page and entry written so far is durable.
+
+        Raises
+        ------
+        TransferError: the disk or the index refused.
+        """
+        try:
+            self._file.sync()
+        except OSError as error:
+            raise TransferError(
+                error.errno, f"the SSD tier was not synced: {error.strerror}"
+            ) from error
+        self._index.commit()
+        self._synced_s = time.monotonic()
+
+    def poll(self) -> None:
+        """Make what was published and deleted durable when it is enough or old enough; now and then, a few ms.
+
+        What cannot be made durable now is logged, and tried again.
+        """
+        since_s = time.monotonic() - self._synced_s
+        if since_s < SYNC_S and self._index.num_pending < SYNC_RECORDS:
+            return
+        if self._index.num_pending == 0:
+            self._synced_s = time.monotonic()
+            return
+        try:
+            self.sync()
+        except TransferError as error:
+            self._synced_s = time.monotonic()
+            log.error("%s", error)
 
     @property
     def io_kind(self) -> str:
@@ -298,13 +337,15 @@ class ColdStore:
         """Make everything durable and give the store up. Nothing may be in flight."""
         if self._lock < 0:
             return
-        self.sync()
-        self._engine.close(self.timeout_s)
-        self._index.close()
-        self._file.close()
-        self._directory.close()
-        os.close(self._lock)
-        self._lock = -1
+        try:
+            self.sync()
+        finally:
+            self._engine.close(self.timeout_s)
+            self._index.close()
+            self._file.close()
+            self._directory.close()
+            os.close(self._lock)
+            self._lock = -1
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -331,7 +372,7 @@ class ColdStore:
         self._index.generations[slots[places]] = np.arange(
             first, self._next_generation, dtype=np.uint64
         )
-        self._index.roots[slots[places]] = roots_of(sums)
+        self._index.checksums[slots[places]] = roots_of(sums)
         for slot in slots[places].tolist():
             self._layer_sums.pop(slot, None)
 
@@ -340,7 +381,7 @@ class ColdStore:
     ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
         """The layers' checksums in trailers read from `slots`, and which are those that were written."""
         stored, same = parse_trailers(self.layout, self._index.generations[slots], raw)
-        return stored, same & (roots_of(stored) == self._index.roots[slots])
+        return stored, same & (roots_of(stored) == self._index.checksums[slots])
 
     def _load_layer_sums(self, slots: _Int64s) -> None:
         """Read the trailers of the slots whose layers' checksums are not known yet."""

@@ -15,6 +15,7 @@ from tiermem.layout import PageLayout
 from tiermem.private_files import PrivateDirectory
 from tiermem.store_format import MAX_HEADER_BYTES, check_header, pack_header
 
+INDEX_FILE = "data.mdb"
 INDEX_BYTES = 256 * 1024
 INDEX_BYTES_PER_SLOT = 512
 """Of the cap, set aside for LMDB: its own pages, and two copies of a B-tree page while it changes."""
@@ -84,20 +85,18 @@ def open_slots(directory: PrivateDirectory, num_bytes: int) -> _core.BlockFile:
 
 
 def open_index(directory: PrivateDirectory, num_slots: int) -> lmdb.Environment:
-    """The index in `directory`. Without LMDB's own sync: `sync` orders payload before entries.
+    """The index in `directory`. Every commit is durable; the store's own lock stands for LMDB's.
 
-    LMDB opens its files by path and follows links; nobody else can put one into a private directory once they
-    have been looked at.
+    LMDB opens its file by path and follows links; nobody else can put one into a private directory once it has
+    been looked at.
     """
-    for name in ("data.mdb", "lock.mdb"):
-        directory.check_file(name)
+    directory.check_file(INDEX_FILE)
     try:
         return lmdb.open(
             directory.reach("."),
             map_size=INDEX_BYTES + 4 * INDEX_BYTES_PER_SLOT * num_slots,
             mode=0o600,
-            sync=False,
-            max_readers=16,
+            lock=False,
         )
     except lmdb.Error as error:
         raise ConfigError(

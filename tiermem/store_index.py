@@ -1,116 +1,267 @@
 """StoreIndex: which page is in which slot of the cold tier, by chain hash; the LMDB side of a store.
 
-The entry is the publication: it is written after the payload, and deleted before its slot is written again.
+The entry is the publication: it becomes durable after the payload. Entries and deletions gather in memory and are
+committed together; an entry that is outdated after a crash names a generation that its slot no longer has.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
+from tiermem.errors import TransferError
+from tiermem.index_image import IndexImage, image_of, read_index
 from tiermem.private_files import PrivateDirectory
-from tiermem.store_files import open_index
-from tiermem.store_format import KEY_BYTES, Entry, PageName
+from tiermem.store_files import INDEX_FILE, open_index
+from tiermem.store_names import KEY_BYTES, NO_ROOT, ChainRoot, GoneReason, PageName
+from tiermem.store_records import (
+    GONE_PAGE,
+    LABEL,
+    ROOT,
+    UNKNOWN,
+    Entry,
+    Gone,
+    number_key,
+    pack_label,
+    pack_root,
+    page_key,
+)
 from tiermem.store_transfer import Int64s
+
+MAX_ROOTS = MAX_LABELS = 65536
+"""In one index. Entries of further ones tell neither; their trailers tell the root."""
+MIN_GONE, MAX_GONE = 256, 65536
+"""Places in the ring of what is gone: one a slot, within these."""
+SECOND_NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPages:
-    """The index at opening, oldest write first; arrays of equal length."""
+    """The index at opening, in the order in which pages may go: least recently used first, leaves before parents.
+
+    Arrays of equal length; `origins` are places in `names`: root and label of each page.
+    """
 
     keys: NDArray[np.uint8]  # (n, 32)
     parents: NDArray[np.uint8]  # (n, 32)
     slots: Int64s
     positions: Int64s
+    last_use_s: Int64s  # seconds since 1970
+    origins: NDArray[np.int32]
+    names: tuple[tuple[ChainRoot, str], ...]
 
 
 class StoreIndex:
-    """The entries of a store, and what was written last to each slot; LMDB's files are in `directory`.
+    """The entries of a store, and what was written last to each slot; LMDB's file is in `directory`.
 
-    `generations` and `roots` have the number and the root checksum of the last write of every slot; whoever
-    writes a slot sets them. `stored` is what was there at opening; entries that make no sense were deleted.
+    `generations` and `checksums` have the number of the last write of every slot, and the checksum over those of
+    the layers; whoever writes a slot sets them. Entries that make no sense are deleted at opening.
     """
 
     def __init__(self, directory: PrivateDirectory, num_slots: int) -> None:
         self.num_slots = num_slots
         self.generations = np.zeros(num_slots, dtype=np.uint64)
-        self.roots = np.zeros(num_slots, dtype=np.uint64)
+        self.checksums = np.zeros(num_slots, dtype=np.uint64)
         self._published = np.zeros(num_slots, dtype=np.bool_)
         self._keys = np.zeros((num_slots, KEY_BYTES), dtype=np.uint8)
+        self._pending: dict[bytes, bytes | None] = {}
+        self._uses: dict[bytes, int] = {}
+        image = read_index(directory) if directory.check_file(INDEX_FILE) else image_of(())
         self._lmdb = open_index(directory, num_slots)
-        self.stored = self._load()
+        self._roots = {root.hash: number for number, root in image.roots.items()}
+        self._labels = {label: number for number, label in image.labels.items()}
+        self._num_gone_places = min(max(num_slots, MIN_GONE), MAX_GONE)
+        self._next_gone = image.gone[-1][0] + 1 if image.gone else 0
+        self._stored: StoredPages | None = self._adopt(image)
+
+    def take_stored(self) -> StoredPages:
+        """What was there at opening; given out once, since it is large."""
+        stored, self._stored = self._stored, None
+        assert stored is not None
+        return stored
+
+    # ---- what is published -------------------------------------------------------------------------
 
     def publish(self, slots: Int64s, names: Sequence[PageName | None]) -> None:
         """Make the named pages in `slots`, whose writes have ended, findable after a restart."""
-        with self._lmdb.begin(write=True) as txn:
-            for slot, name in zip(slots, names, strict=True):
-                if name is not None:
-                    entry = Entry(
-                        slot=int(slot),
-                        generation=int(self.generations[slot]),
-                        position=name.position,
-                        root=int(self.roots[slot]),
-                        parent=name.parent,
-                    )
-                    txn.put(name.key, entry.pack())
-                    self._published[slot] = True
-                    self._keys[slot] = np.frombuffer(name.key, dtype=np.uint8)
+        now_s = time.time_ns() // SECOND_NS
+        for slot, name in zip(slots.tolist(), names, strict=True):
+            if name is None:
+                continue
+            entry = Entry(
+                slot=slot,
+                position=name.position,
+                generation=int(self.generations[slot]),
+                checksum=int(self.checksums[slot]),
+                parent=name.parent,
+                root=self._root_number(name.root),
+                label=self._label_number(name.label),
+                last_use_s=now_s,
+            )
+            self._pending[page_key(name.key)] = entry.pack(name.key)
+            self._published[slot] = True
+            self._keys[slot] = np.frombuffer(name.key, dtype=np.uint8)
 
-    def unpublish(self, slots: Int64s) -> None:
+    def unpublish(self, slots: Int64s, why: GoneReason) -> None:
         """Delete the entries that name what is in `slots`, where there are any."""
-        self.unpublish_keys(self._keys[slot].tobytes() for slot in slots if self._published[slot])
+        self.unpublish_keys(
+            [self._keys[slot].tobytes() for slot in slots if self._published[slot]], why
+        )
 
-    def unpublish_keys(self, keys: Iterable[bytes]) -> None:
-        """Delete the entries of `keys`, where there are any, before their slots are written again."""
-        with self._lmdb.begin(write=True) as txn:
+    def unpublish_keys(self, keys: Iterable[bytes], why: GoneReason) -> None:
+        """Delete the entries of `keys`, where there are any."""
+        now_ns = time.time_ns()
+        with self._lmdb.begin() as txn:
             for key in keys:
-                entry = Entry.parse(key, txn.pop(key) or b"", self.num_slots)
-                if entry is not None:
+                entry = self._entry(txn, key)
+                if entry is None:
+                    continue
+                self._pending[page_key(key)] = None
+                self._uses.pop(key, None)
+                if entry.slot < self.num_slots:
                     self._published[entry.slot] = False
+                self._note_gone(Gone(key, now_ns, why))
 
     def is_published(self, slots: Int64s) -> NDArray[np.bool_]:
         """Whether there is an entry for what was written to each slot."""
         return self._published[slots]
 
-    def sync(self) -> None:
-        """Return when every entry written so far is durable."""
-        self._lmdb.sync(True)
+    def note_hits(self, keys: Iterable[bytes]) -> None:
+        """The pages of these entries were attached to a sequence; where there are any."""
+        for key in keys:
+            self._uses[key] = self._uses.get(key, 0) + 1
+
+    # ---- durability --------------------------------------------------------------------------------
+
+    @property
+    def num_pending(self) -> int:
+        """Records that are not durable yet."""
+        return len(self._pending) + len(self._uses)
+
+    def commit(self) -> None:
+        """Return when every entry and deletion so far is durable. The payload must be durable before.
+
+        Raises
+        ------
+        TransferError: LMDB refused; what was not written is tried again by the next call.
+        """
+        if self.num_pending == 0:
+            return
+        try:
+            with self._lmdb.begin(write=True) as txn:
+                self._settle_uses(txn)
+                for key, value in sorted(self._pending.items()):
+                    if value is None:
+                        txn.delete(key)
+                    else:
+                        txn.put(key, value)
+        except lmdb.Error as error:
+            raise TransferError(f"the index of the SSD tier was not written: {error}") from error
+        self._pending.clear()
 
     def close(self) -> None:
-        """Give the index up."""
+        """Give the index up; what is not committed is lost."""
         self._lmdb.close()
 
-    def _load(self) -> StoredPages:
-        entries: list[tuple[bytes, Entry]] = []
-        strays: list[bytes] = []
-        taken: set[int] = set()
-        with self._lmdb.begin() as txn:
-            for key, value in txn.cursor():
-                entry = Entry.parse(key, value, self.num_slots)
-                if entry is None or entry.slot in taken:
-                    strays.append(key)
-                    continue
-                taken.add(entry.slot)
-                entries.append((key, entry))
-        with self._lmdb.begin(write=True) as txn:
-            for key in strays:
-                txn.delete(key)
-        entries.sort(key=lambda pair: pair[1].generation)
-        slots = np.array([entry.slot for _, entry in entries], dtype=np.int64)
-        self.generations[slots] = [entry.generation for _, entry in entries]
-        self.roots[slots] = [entry.root for _, entry in entries]
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _entry(self, txn: lmdb.Transaction, key: bytes) -> Entry | None:
+        record = page_key(key)
+        value = self._pending[record] if record in self._pending else txn.get(record)
+        return None if value is None else Entry.parse(key, bytes(value))
+
+    def _settle_uses(self, txn: lmdb.Transaction) -> None:
+        """Turn the hits since the last commit into new records."""
+        now_s = time.time_ns() // SECOND_NS
+        uses, self._uses = self._uses, {}
+        for key, hits in uses.items():
+            entry = self._entry(txn, key)
+            if entry is not None:
+                self._pending[page_key(key)] = entry.used(now_s, hits).pack(key)
+
+    def _note_gone(self, gone: Gone) -> None:
+        place = self._next_gone % self._num_gone_places
+        self._pending[number_key(GONE_PAGE, place)] = gone.pack(place)
+        self._next_gone = place + 1
+
+    def _root_number(self, root: ChainRoot) -> int:
+        number = self._roots.get(root.hash)
+        if number is None and len(self._roots) >= MAX_ROOTS:
+            return UNKNOWN
+        if number is None:
+            number = max(self._roots.values(), default=UNKNOWN) + 1
+            self._roots[root.hash] = number
+            self._pending[number_key(ROOT, number)] = pack_root(number, root)
+        return number
+
+    def _label_number(self, label: str) -> int:
+        number = self._labels.get(label, UNKNOWN)
+        if number == UNKNOWN and label and len(self._labels) < MAX_LABELS:
+            number = max(self._labels.values(), default=UNKNOWN) + 1
+            self._labels[label] = number
+            self._pending[number_key(LABEL, number)] = pack_label(number, label)
+        return number
+
+    def _adopt(self, image: IndexImage) -> StoredPages:
+        """Take over what an index said; delete what makes no sense in a store of so many slots."""
+        entries = image.entries["entry"]
+        # leaves before parents, and what was used last at the end
+        order = np.lexsort((-entries["position"].astype(np.int64), entries["last_use_s"]))
+        kept = order[self._is_kept(entries)[order]]
+        rows, entries = image.entries[kept], entries[kept]
+        slots = entries["slot"].astype(np.int64)
+        self.generations[slots] = entries["generation"]
+        self.checksums[slots] = entries["checksum"]
         self._published[slots] = True
-        self._keys[slots] = keys = _key_array(key for key, _ in entries)
+        keys = np.ascontiguousarray(rows["key"]).view(np.uint8).reshape(-1, KEY_BYTES)
+        self._keys[slots] = keys
+        self._delete_strays(image, kept)
+        pairs = (entries["root"].astype(np.uint64) << np.uint64(32)) | entries["label"]
+        unique, origins = np.unique(pairs, return_inverse=True)
         return StoredPages(
             keys=keys,
-            parents=_key_array(entry.parent for _, entry in entries),
+            parents=np.ascontiguousarray(entries["parent"]).view(np.uint8).reshape(-1, KEY_BYTES),
             slots=slots,
-            positions=np.array([entry.position for _, entry in entries], dtype=np.int64),
+            positions=entries["position"].astype(np.int64),
+            last_use_s=entries["last_use_s"].astype(np.int64),
+            origins=origins.astype(np.int32),
+            names=tuple(
+                (
+                    image.roots.get(int(pair) >> 32, NO_ROOT),
+                    image.labels.get(int(pair) & (2**32 - 1), ""),
+                )
+                for pair in unique
+            ),
         )
 
+    def _is_kept(self, entries: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Which entries have a slot of their own; of several with one slot, that of the last write."""
+        kept = entries["slot"] < self.num_slots
+        places = np.flatnonzero(kept)
+        newest_last = places[np.argsort(entries["generation"][places], kind="stable")]
+        last = np.full(self.num_slots, -1, dtype=np.int64)
+        last[entries["slot"][newest_last]] = newest_last
+        kept[places] = last[entries["slot"][places]] == places
+        result: NDArray[np.bool_] = kept
+        return result
 
-def _key_array(keys: Iterable[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES)
+    def _delete_strays(self, image: IndexImage, kept: Int64s) -> None:
+        now_ns = time.time_ns()
+        dropped = np.ones(len(image.entries), dtype=np.bool_)
+        dropped[kept] = False
+        for row in image.entries[dropped]:
+            key = row["key"].tobytes()
+            self._pending[page_key(key)] = None
+            self._note_gone(Gone(key, now_ns, GoneReason.CAP))
+        used = image.entries["entry"][kept]
+        roots, labels = set(used["root"].tolist()), set(used["label"].tolist())
+        unused = [number_key(ROOT, n) for n in image.roots if n not in roots]
+        unused += [number_key(LABEL, n) for n in image.labels if n not in labels]
+        self._pending.update(dict.fromkeys([*image.strays, *unused]))
+        self._roots = {key: n for key, n in self._roots.items() if n in roots}
+        self._labels = {label: n for label, n in self._labels.items() if n in labels}

@@ -23,7 +23,7 @@ from tiermem.layout import PageLayout
 from tiermem.meter import Meter
 from tiermem.pools import VALID, Addresses, Ids, SlotPool, Slots, Tier
 from tiermem.store import ColdStore, StoreTransfer
-from tiermem.store_format import PageName
+from tiermem.store_names import GoneReason, PageName
 from tiermem.trace import traced
 
 Running = Event | StoreTransfer
@@ -210,7 +210,7 @@ class Mover:
         ids = ids[self.table.alive(ids)]
         ids = ids[self.table.pins(ids, tier) == 0]
         if tier == Tier.SSD:
-            self._cold.unpublish(self.table.slots(ids, Tier.SSD))
+            self._cold.unpublish(self.table.slots(ids, Tier.SSD), GoneReason.QUARANTINED)
         self.table.discard(ids, tier)
         alive = self.table.alive(ids)
         lost = ids[alive][self.table.is_lost(ids[alive])]
