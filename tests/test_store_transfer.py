@@ -125,6 +125,25 @@ def test_damaged_pages_are_named_in_the_order_they_were_asked_for(
     assert store.num_corrupt == len(damaged)
 
 
+def test_what_happened_to_a_page_before_it_was_written_is_found(
+    store: ColdStore, rng: np.random.Generator
+) -> None:
+    """Sums are those of when the page was sealed, not of what came to the store."""
+    pages, every = random_memory(rng, NUM_SLOTS * SLOT), np.arange(NUM_SLOTS, dtype=np.int64)
+    sums = _core.checksum_pages(at(pages), LAYOUT.layer_bytes, LAYOUT.num_layers)
+    pages[5 * SLOT + LAYOUT.layer_bytes + 3] ^= 1
+    move(store.write(every, at(pages), [None] * NUM_SLOTS, sums))
+    asked = rng.permutation(NUM_SLOTS).astype(np.int64)
+    transfer = store.read(asked, at(pages))
+    move(transfer)
+    assert asked[~store.verify(transfer)].tolist() == [5]
+    assert np.array_equal(transfer.sums, sums[asked])
+    for layer in range(LAYOUT.num_layers):
+        good = read_slices(store, asked, layer, at(pages))
+        assert asked[~good].tolist() == ([5] if layer == 1 else [])
+        assert np.array_equal(store.layer_sums(asked, layer), sums[asked, layer])
+
+
 def test_slices_are_read_in_parts_too(store: ColdStore, rng: np.random.Generator) -> None:
     pages = random_memory(rng, NUM_SLOTS * SLOT)
     every = np.arange(NUM_SLOTS, dtype=np.int64)

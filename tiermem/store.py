@@ -136,15 +136,19 @@ class ColdStore:
         slots: _Int64s,
         addresses: _Int64s,
         names: Sequence[PageName | None],
+        sums: NDArray[np.uint64] | None = None,
     ) -> StoreTransfer:
         """Start writing the pages at `addresses` (host memory, slot_bytes each) to `slots`, with trailers.
 
+        `sums` (pages, layers) are the checksums from when the pages were sealed, so that whatever happens to the
+        bytes on their way here is found when they are read; without them they are computed of what is there now.
         The memory must stay unchanged until the transfer has ended. Nothing is visible before `publish`.
         """
         tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
         transfer = StoreTransfer(self._engine, slots, addresses, tails, self.timeout_s)
         for places in parts_of(slots, self.layout.slot_bytes):
-            self._fill_trailers(tails, places, slots, names, self._sums_at(addresses[places]))
+            found = self._sums_at(addresses[places]) if sums is None else sums[places]
+            self._fill_trailers(tails, places, slots, names, found)
             operations = self._operations(slots, addresses, tails, places)
             transfer.start_part(self._engine.submit_write, operations, places)
         return transfer
@@ -155,10 +159,12 @@ class ColdStore:
 
         def check(places: _Int64s) -> NDArray[np.bool_]:
             stored, same = self._parse_tails(slots[places], tail_rows(tails)[places])
+            transfer.sums[places] = stored
             equal: NDArray[np.bool_] = (stored == self._sums_at(addresses[places])).all(axis=1)
             return same & equal
 
         transfer = StoreTransfer(self._engine, slots, addresses, tails, self.timeout_s, check)
+        transfer.sums = np.zeros((len(slots), self.layout.num_layers), dtype=np.uint64)
         for places in parts_of(slots, self.layout.slot_bytes):
             operations = self._operations(slots, addresses, tails, places)
             transfer.start_part(self._engine.submit_read, operations, places)
@@ -190,6 +196,10 @@ class ColdStore:
             operations = self._slices(slots, layer, addresses, places)
             transfer.start_part(self._engine.submit_read, operations, places)
         return transfer
+
+    def layer_sums(self, slots: _Int64s, layer: int) -> NDArray[np.uint64]:
+        """The checksums that slices of a `read_slices` found good have; (slots,)."""
+        return np.array([self._layer_sums[slot][layer] for slot in slots.tolist()], dtype=np.uint64)
 
     def write_slices(self, slots: _Int64s, layer: int, addresses: _Int64s) -> NDArray[np.uint64]:
         """Write one layer of pages that are being filled, wait, and return the slices' checksums."""

@@ -51,6 +51,8 @@ class StoreTransfer:
         self.slots = slots
         self.addresses = addresses
         self.tails = tails
+        self.sums = np.empty((0, 0), dtype=np.uint64)
+        """Of a read of whole pages: the layers' checksums in the trailers, (pages, layers), once it ended."""
         self._engine = engine
         self._timeout_s = timeout_s
         self._deadline_s = time.monotonic() + timeout_s
