@@ -43,6 +43,7 @@ LAYERS = {
     "forecast": ["tiermem.forecast"],
     "pools": ["tiermem.pools"],
     "store": [
+        "tiermem.disk_budget",
         "tiermem.disk_rates",
         "tiermem.index_image",
         "tiermem.store",

@@ -21,6 +21,7 @@ from tiermem.calibration import Calibration
 from tiermem.config import AttentionMath, TierConfig
 from tiermem.core import Core
 from tiermem.device.protocol import Device, DeviceKind, Memory, Progress
+from tiermem.disk_budget import DiskLimits
 from tiermem.disk_rates import DiskOptions
 from tiermem.errors import ConfigError
 from tiermem.hand_over import HandOver
@@ -40,6 +41,7 @@ from tiermem.ram_attention import (
 from tiermem.ram_balance import RamBalance
 from tiermem.room import Room, Watermarks
 from tiermem.store import ColdStore
+from tiermem.store_files import cap_of, num_slots_there
 from tiermem.streaming import NUM_HALVES, Ring
 from tiermem.transfer import Mover
 from tiermem.units import Size, SizeKind, format_bytes
@@ -47,6 +49,8 @@ from tiermem.units import Size, SizeKind, format_bytes
 log = logging.getLogger("tiermem")
 
 MATH = {AttentionMath.AUTO: ProductMath.STORED, AttentionMath.FLOAT32: ProductMath.FLOAT32}
+KEEP_WITHIN = 0.2
+"""A store whose size was not given in bytes keeps the one it has, if that is as near to what it would get now."""
 SHRINK = 0.9
 """A pool whose size was not given in bytes is tried again at this share of it when memory is refused."""
 
@@ -109,7 +113,8 @@ def build_core(
     marks = {tier: _watermarks(config, count) for tier, count in slots.items()}
     ram = _ram_attention(layout, config, device, warm_pool, backend, made)
     leases = Leases(table, prefixes)
-    room = Room(table, in_flight, mover, prefixes, leases, marks, seal_idle)
+    guard = store.guard if store else None
+    room = Room(table, in_flight, mover, prefixes, leases, marks, seal_idle, guard)
     return Core(
         layout,
         device,
@@ -138,17 +143,40 @@ def open_store(
     """
     if config.ssd_path is None or config.ssd.is_zero:
         return None
-    free = shutil.disk_usage(_existing(config.ssd_path)).free
-    have = _bytes_in(config.ssd_path)
-    wanted = config.ssd.resolve(free + have)
-    if wanted > free + have:
-        raise ConfigError(
-            f"ssd={config.ssd}: {format_bytes(wanted)} wanted, {free + have} bytes are free for "
-            f"{str(config.ssd_path)!r}"
-        )
+    usage = shutil.disk_usage(_existing(config.ssd_path))
+    budget = config.ssd_write_budget
+    floor = config.free_floor_bytes(usage.total)
     return ColdStore(
-        config.ssd_path, layout, wanted, config.io_engine.value, config.io_timeout_s, options
+        config.ssd_path,
+        layout,
+        _cap_bytes(layout, config, usage.free, floor),
+        config.io_engine.value,
+        config.io_timeout_s,
+        options,
+        DiskLimits(floor, None if budget is None else budget.num_bytes),
     )
+
+
+def _cap_bytes(layout: PageLayout, config: TierConfig, free: int, floor: int) -> int:
+    """What the store may take where `free` bytes are free, besides what it has.
+
+    The floor stops growth: a store that is there already stays as large as it is, or is to be. A share of what is
+    free is not followed to the byte, so that restarts do not cut off pages.
+    """
+    assert config.ssd_path is not None
+    have = cap_of(layout, num_slots_there(config.ssd_path, layout))
+    wanted = config.ssd.resolve(free + have)
+    most = max(have, free + have - floor)
+    if config.ssd.kind is SizeKind.EXPLICIT:
+        if wanted > most:
+            raise ConfigError(
+                f"ssd={config.ssd}: {format_bytes(wanted)} wanted, {free + have} bytes are free for "
+                f"{str(config.ssd_path)!r}, of which ssd_free_floor={config.ssd_free_floor} leaves {floor}"
+            )
+        return wanted
+    if abs(wanted - have) <= KEEP_WITHIN * have:
+        return have
+    return min(wanted, most)
 
 
 def _backend(layout: PageLayout, config: TierConfig, device: Device) -> AttentionBackend:
@@ -258,9 +286,3 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.absolute().parent
     return path
-
-
-def _bytes_in(path: Path) -> int:
-    """What a store that is there already takes, and may take again."""
-    slots = path / "slots"
-    return slots.stat().st_blocks * 512 if slots.is_file() else 0

@@ -30,6 +30,9 @@ AUTO_GPU_FRACTION = 0.8
 AUTO_RAM_FRACTION = 0.25
 AUTO_SSD_FRACTION = 0.25
 """What "auto" takes of the memory or disk that is free when the pool is made."""
+AUTO_FLOOR_FRACTION = 0.05
+AUTO_FLOOR_BYTES = 1 << 30
+"""What "auto" leaves free on the SSD tier's file system: this share of its size, but at most so many bytes."""
 
 RING_SHARE = 32
 RING_BYTES = 256 << 20
@@ -70,6 +73,9 @@ class TierConfig:
     gpu, ram, ssd: size of the hot, warm and cold tier: bytes, "8GiB", "50%", 0.5 (of what is free when the
         pool is made) or "auto". 0 switches ram or ssd off; gpu must be above 0.
     ssd_path: directory of the cold tier. A size of ssd above 0 needs it; without it "auto" is 0.
+    ssd_free_floor: size (a share is of the file system's size) that is left free on the SSD tier's file system:
+        below it the tier neither grows nor writes ahead of need. "auto" is 5 %, at most 1 GiB; 0 for none.
+    ssd_write_budget: bytes that may be written to the SSD in a day, against wear; None for no limit.
     device: "auto", "cpu", "cuda" or "cuda:N".
     gpu_limit: the most bytes of device memory that the hot pool and staging may take together; None for no
         limit but the device's.
@@ -98,6 +104,8 @@ class TierConfig:
     ram: Size
     ssd: Size
     ssd_path: Path | None
+    ssd_free_floor: Size
+    ssd_write_budget: Size | None
     device: str
     gpu_limit: Size | None
     low_watermark: float
@@ -121,6 +129,8 @@ class TierConfig:
         ssd_path: str | Path | None = None,
         device: str = "auto",
         *,
+        ssd_free_floor: SizeLike = "auto",
+        ssd_write_budget: SizeLike | None = None,
         gpu_limit: SizeLike | None = None,
         low_watermark: float = 0.05,
         high_watermark: float = 0.10,
@@ -141,6 +151,8 @@ class TierConfig:
             "ram": Size.parse(ram, "ram", AUTO_RAM_FRACTION),
             "ssd": _without_path(Size.parse(ssd, "ssd", AUTO_SSD_FRACTION), path),
             "ssd_path": path,
+            "ssd_free_floor": Size.parse(ssd_free_floor, "ssd_free_floor", AUTO_FLOOR_FRACTION),
+            "ssd_write_budget": _bytes_or_none("ssd_write_budget", ssd_write_budget),
             "device": check_device("device", device),
             "gpu_limit": None if gpu_limit is None else Size.parse(gpu_limit, "gpu_limit"),
             "low_watermark": check_number("low_watermark", low_watermark, 0, 1),
@@ -204,6 +216,11 @@ class TierConfig:
         num_slices = max(self.staging_pages * layout.num_layers, share // layout.layer_bytes)
         return max(num_slices // 2, 1) * 2 * layout.layer_bytes
 
+    def free_floor_bytes(self, total_bytes: int) -> int:
+        """What is to be left free on an SSD tier's file system of `total_bytes`."""
+        floor = self.ssd_free_floor.resolve(total_bytes)
+        return min(floor, AUTO_FLOOR_BYTES) if self.ssd_free_floor.kind is SizeKind.AUTO else floor
+
     def to_table(self) -> dict[str, object]:
         """Keys and values that JSON can hold and that `from_table` reads back as an equal configuration."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
@@ -214,6 +231,15 @@ def _without_path(ssd: Size, path: Path | None) -> Size:
     if path is None and ssd.kind is SizeKind.AUTO:
         return Size(SizeKind.EXPLICIT)
     return ssd
+
+
+def _bytes_or_none(key: str, value: SizeLike | None) -> Size | None:
+    if value is None:
+        return None
+    size = Size.parse(value, key)
+    if size.kind is not SizeKind.EXPLICIT or size.is_zero:
+        raise refuse(key, str(size), "bytes above 0, or text with a unit")
+    return size
 
 
 def _check_sizes(config: TierConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import lmdb
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tiermem.errors import ConfigError
 from tiermem.private_files import PrivateDirectory
-from tiermem.store_names import ChainRoot
+from tiermem.store_names import KEY_BYTES, ChainRoot
 from tiermem.store_records import (
     ENTRY_ROW,
     GONE_PAGE,
@@ -20,10 +20,15 @@ from tiermem.store_records import (
     ROOT,
     Gone,
     number_in,
+    number_key,
+    pack_label,
+    pack_root,
     parse_label,
     parse_root,
     sound_entries,
 )
+
+_PAGE_KEY_BYTES = 1 + KEY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,18 @@ class IndexImage:
     labels: dict[int, str]
     gone: tuple[tuple[int, Gone], ...]
     strays: tuple[bytes, ...]
+
+    def records(self) -> Iterator[tuple[bytes, bytes]]:
+        """Key and value of every sound record."""
+        for row in self.entries:
+            raw = row.tobytes()
+            yield raw[:_PAGE_KEY_BYTES], raw[_PAGE_KEY_BYTES:]
+        for number, root in self.roots.items():
+            yield number_key(ROOT, number), pack_root(number, root)
+        for number, label in self.labels.items():
+            yield number_key(LABEL, number), pack_label(number, label)
+        for place, gone in self.gone:
+            yield number_key(GONE_PAGE, place), gone.pack(place)
 
 
 def read_index(directory: PrivateDirectory) -> IndexImage:
@@ -84,6 +101,6 @@ def image_of(records: Iterable[tuple[bytes, bytes]]) -> IndexImage:
             strays.append(key)
     entries = np.frombuffer(b"".join(rows), dtype=ENTRY_ROW)
     sound = sound_entries(entries)
-    strays += [row[: 1 + 32] for row, ok in zip(rows, sound, strict=True) if not ok]
+    strays += [row[:_PAGE_KEY_BYTES] for row, ok in zip(rows, sound, strict=True) if not ok]
     gone.sort(key=lambda pair: pair[1].when_ns)
     return IndexImage(entries[sound], roots, labels, tuple(gone), tuple(strays))

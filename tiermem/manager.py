@@ -250,6 +250,7 @@ class TierManager:
             attended_s=core.mover.meter.attended_s,
             attended_limit_gb_per_s=self._attended_limit,
             last_step=self._last_step,
+            disk=self._store.guard.stats() if self._store else None,
         )  # fmt: skip
 
     def check(self) -> None:

@@ -104,12 +104,11 @@ class PrivateDirectory:
         """What is in it, sorted."""
         return _names(self.descriptor)
 
-    def has(self, name: str) -> bool:
-        """Whether there is an entry `name`, if only a link."""
+    def size_of(self, name: str) -> int:
+        """Length of the file `name` in bytes; 0 where there is none."""
         with contextlib.suppress(FileNotFoundError):
-            os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
-            return True
-        return False
+            return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False).st_size
+        return 0
 
     def subdirectory(self, name: str) -> PrivateDirectory:
         """The directory `name` in this one, made if absent, and private; as `open` and `make_private`."""

@@ -1,6 +1,7 @@
 """Publication: what the SSD tier holds when a manager is flushed or closed.
 
-Published pages are those that a later prompt can find; within the tier's cap the ones used last are kept.
+Published pages are those that a later prompt can find; within the tier's cap the ones used last are kept. Where
+the disk is to be spared (its free space, its write budget), fewer are written.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ def write_published(core: Core, store: ColdStore) -> None:
     _name_stored(core, store, pages[core.table.states(pages, Tier.SSD) == VALID])
     kept = core.prefixes.pages()[-core.table.counts(Tier.SSD).slots :]
     on_ssd = core.table.states(kept, Tier.SSD) == VALID
+    missing = kept[~on_ssd]
+    missing = missing[len(missing) - core.room.allow(len(missing)) :]
     core.table.pin(kept[on_ssd], Tier.SSD)  # they stay; what is colder makes way
     try:
         for src in (Tier.RAM, Tier.GPU):
-            _write_from(core, src, core.room.wanted(kept[~on_ssd]))
+            _write_from(core, src, core.room.wanted(missing))
     finally:
         core.table.unpin(kept[on_ssd], Tier.SSD)
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
+from tiermem.disk_budget import DiskGuard
 from tiermem.errors import OutOfPagesError, TransferError
 from tiermem.inflight import InFlight
 from tiermem.lease import Leases
@@ -36,7 +37,8 @@ class Room:
     """Frees slots of one manager's tiers: evicts what is clean, demotes what is dirty.
 
     `seal_idle` seals the open page of a sequence that is in no step, so that it can be demoted, and answers
-    whether there was one.
+    whether there was one. `guard` says what may be written to the SSD though nobody needs it yet; None where
+    there is no SSD tier.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Room:
         leases: Leases,
         watermarks: dict[Tier, Watermarks],
         seal_idle: Callable[[], bool],
+        guard: DiskGuard | None = None,
     ) -> None:
         self._table = table
         self._in_flight = in_flight
@@ -56,6 +59,7 @@ class Room:
         self._leases = leases
         self._watermarks = watermarks
         self._seal_idle = seal_idle
+        self._guard = guard
         self._lower_tiers = {
             tier: [t for t in Tier if t > tier and table.counts(t).slots > 0] for tier in Tier
         }
@@ -116,6 +120,9 @@ class Room:
             ids = self._table.coldest_dirty(tier, count - started) if count > started else None
             if ids is None or len(ids) == 0:
                 break
+            if lower == Tier.SSD:
+                ids, given_up = self._needed(ids, tier)
+                started += given_up
             self._table.pin(ids, tier)  # R4: hold the source while making room for the destination
             try:
                 room = self.gain(lower, len(ids))
@@ -175,7 +182,13 @@ class Room:
             if missing > 0:
                 self.evict(lower, missing)
             ids = ids[: self._table.counts(lower).free]
+            if lower == Tier.SSD:
+                ids = ids[: self.allow(len(ids))]
             self._submit_down(ids[: self._mover.most_without_waiting(tier, lower)], tier, lower)
+
+    def allow(self, num_pages: int) -> int:
+        """How many of `num_pages` may be written to the SSD though nobody needs it yet."""
+        return num_pages if self._guard is None else self._guard.allow(num_pages)
 
     def wanted(self, ids: Ids) -> Ids:
         """Those of `ids` that still have someone who refers to them or a name.
@@ -206,6 +219,19 @@ class Room:
         for lower in self._lower(tier):
             has_lower |= self._table.states(ids, lower) == VALID
         return has_lower
+
+    def _needed(self, ids: Ids, tier: Tier) -> tuple[Ids, int]:
+        """Those of `ids` in `tier` that are to be written to the SSD.
+
+        Pages that nobody refers to are given up where the disk is to be spared; how many were.
+        """
+        unreferenced = np.flatnonzero(self._table.refs(ids) == 0)
+        spared = unreferenced[self.allow(len(unreferenced)) :]
+        if len(spared) == 0:
+            return ids, 0
+        given_up = ids[spared]
+        self._note_dropped(tier, given_up, self._table.discard(given_up, tier))
+        return np.delete(ids, spared), len(spared)
 
     def _submit_down(self, ids: Ids, tier: Tier, lower: Tier) -> int:
         ids = self.wanted(ids)

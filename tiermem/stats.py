@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from tiermem.disk_budget import DiskStats
 from tiermem.step_record import StepRecord
 
 
@@ -75,7 +76,7 @@ class Stats:
 
     `attended_bytes` of K and V were attended by the CPU where they lie in RAM, in `attended_s` seconds;
     `attended_limit_gb_per_s` is the rate at which it was measured to read RAM, None where it was not.
-    `last_step` is the newest one that was not undone.
+    `last_step` is the newest one that was not undone. `disk` is None where there is no SSD tier.
     """
 
     pid: int
@@ -107,6 +108,7 @@ class Stats:
     attended_s: float
     attended_limit_gb_per_s: float | None
     last_step: StepRecord | None = None
+    disk: DiskStats | None = None
 
     @property
     def attended_gb_per_s(self) -> float:

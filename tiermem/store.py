@@ -26,15 +26,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
+from tiermem.disk_budget import DiskGuard, DiskLimits
 from tiermem.disk_rates import DiskOptions, open_engine
 from tiermem.errors import ConfigError, TransferError
 from tiermem.layout import PageLayout
 from tiermem.store_files import (
     INDEX_BYTES,
     INDEX_BYTES_PER_SLOT,
+    cap_of,
     check_or_write_header,
     claim,
     open_slots,
+    slots_within,
 )
 from tiermem.store_format import (
     TRAILER_BYTES,
@@ -86,6 +89,7 @@ class ColdStore:
     timeout_s: deadline of one wait for reads or writes, seconds.
     options: how the engine moves bytes, as measured on this disk, in place of `io_engine`; without it, and
         where the kernel refuses what was measured, the engine's own choice.
+    limits: what is to be left free on the disk, and written to it in a day; none if not given.
 
     Raises
     ------
@@ -101,22 +105,26 @@ class ColdStore:
         io_engine: str,
         timeout_s: float,
         options: DiskOptions | None = None,
+        limits: DiskLimits | None = None,
     ) -> None:
         self.path = Path(path)
         self.layout = layout
         self.timeout_s = timeout_s
         self.slot_stride = layout.slot_bytes + TRAILER_BYTES
-        self.num_slots = (cap_bytes - INDEX_BYTES) // (self.slot_stride + INDEX_BYTES_PER_SLOT)
+        self.num_slots = slots_within(layout, cap_bytes)
         if self.num_slots < 1:
-            least = INDEX_BYTES + self.slot_stride + INDEX_BYTES_PER_SLOT
             raise ConfigError(
-                f"ssd={cap_bytes}: one page and its index take at least {least} bytes"
+                f"ssd={cap_bytes}: one page and its index take at least {cap_of(layout, 1)} bytes"
             )
         self._directory, self._lock = claim(self.path)
         try:
             check_or_write_header(self._directory, layout)
+            num_there = self._directory.size_of("slots") // self.slot_stride
             self._file = open_slots(self._directory, self.slot_stride * self.num_slots)
-            self._index = self._open_index()
+            self._index = self._open_index(num_there)
+            self.guard = DiskGuard(
+                self._directory, cap_bytes, self.slot_stride, limits or DiskLimits()
+            )
         except BaseException:
             os.close(self._lock)
             self._directory.close()
@@ -145,6 +153,7 @@ class ColdStore:
         The memory must stay unchanged until the transfer has ended. Nothing is visible before `publish`.
         """
         tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
+        self.guard.note_written(len(slots) * self.slot_stride)
         transfer = StoreTransfer(self._engine, slots, addresses, tails, self.timeout_s)
         for places in parts_of(slots, self.layout.slot_bytes):
             found = self._sums_at(addresses[places]) if sums is None else sums[places]
@@ -203,6 +212,7 @@ class ColdStore:
 
     def write_slices(self, slots: _Int64s, layer: int, addresses: _Int64s) -> NDArray[np.uint64]:
         """Write one layer of pages that are being filled, wait, and return the slices' checksums."""
+        self.guard.note_written(len(slots) * self.layout.layer_bytes)
         transfer = StoreTransfer(self._engine, slots, addresses, None, self.timeout_s)
         every = np.arange(len(slots))
         operations = self._slices(slots, layer, addresses, every)
@@ -216,6 +226,7 @@ class ColdStore:
         self, slots: _Int64s, names: Sequence[PageName | None], sums: NDArray[np.uint64]
     ) -> None:
         """Write the trailers of pages whose layers have all been written; `sums` is (pages, layers)."""
+        self.guard.note_written(len(slots) * TRAILER_BYTES)
         tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
         self._fill_trailers(tails, np.arange(len(slots)), slots, names, sums)
         offsets = slots * self.slot_stride + self.layout.slot_bytes
@@ -350,6 +361,7 @@ class ColdStore:
         try:
             self.sync()
         finally:
+            self.guard.close()
             self._engine.close(self.timeout_s)
             self._index.close()
             self._file.close()
@@ -359,10 +371,10 @@ class ColdStore:
 
     # ---- inside ------------------------------------------------------------------------------------
 
-    def _open_index(self) -> StoreIndex:
+    def _open_index(self, num_there: int) -> StoreIndex:
         directory = self._directory.subdirectory("index")
         try:
-            return StoreIndex(directory, self.num_slots)
+            return StoreIndex(directory, self.num_slots, num_there)
         finally:
             directory.close()
 

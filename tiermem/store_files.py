@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
+import logging
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import lmdb
@@ -13,15 +17,50 @@ from tiermem import _core
 from tiermem.errors import ConfigError
 from tiermem.layout import PageLayout
 from tiermem.private_files import PrivateDirectory
-from tiermem.store_format import MAX_HEADER_BYTES, check_header, pack_header
+from tiermem.store_format import MAX_HEADER_BYTES, TRAILER_BYTES, check_header, pack_header
+
+log = logging.getLogger("tiermem")
 
 INDEX_FILE = "data.mdb"
-INDEX_BYTES = 256 * 1024
-INDEX_BYTES_PER_SLOT = 512
-"""Of the cap, set aside for LMDB: its own pages, and two copies of a B-tree page while it changes."""
+_KEEP_SIZE = 1
+"""Of fallocate."""
+INDEX_BYTES = 512 * 1024
+INDEX_BYTES_PER_SLOT = 1024
+"""Of the cap, set aside for the index: some 270 bytes a slot with its place among what is gone, three times where
+each commit touches every page of the B-tree. LMDB is not let beyond it."""
+SMALL_FILES_BYTES = 64 * 1024
+"""Of INDEX_BYTES, for what is neither slots nor index: header, lock, write budget, and the directories."""
 
 STARTED = {"lock", "header.json.new"}
 """What a process leaves that was killed before its new store had a header."""
+
+
+def slots_within(layout: PageLayout, cap_bytes: int) -> int:
+    """How many slots of `layout` a store that takes at most `cap_bytes` may have."""
+    return (cap_bytes - INDEX_BYTES) // (_stride(layout) + INDEX_BYTES_PER_SLOT)
+
+
+def cap_of(layout: PageLayout, num_slots: int) -> int:
+    """The most bytes that a store of `num_slots` slots takes, all its files together; 0 for none."""
+    return num_slots and INDEX_BYTES + num_slots * (_stride(layout) + INDEX_BYTES_PER_SLOT)
+
+
+def index_bytes(num_slots: int) -> int:
+    """The most bytes of the index of a store of `num_slots` slots."""
+    return INDEX_BYTES - SMALL_FILES_BYTES + num_slots * INDEX_BYTES_PER_SLOT
+
+
+def num_slots_there(path: Path, layout: PageLayout) -> int:
+    """How many whole slots the store in the directory `path` has, 0 where there is none."""
+    with contextlib.suppress(OSError):
+        info = (path / "slots").lstat()
+        if stat.S_ISREG(info.st_mode):
+            return info.st_size // _stride(layout)
+    return 0
+
+
+def _stride(layout: PageLayout) -> int:
+    return layout.slot_bytes + TRAILER_BYTES
 
 
 def claim(path: Path) -> tuple[PrivateDirectory, int]:
@@ -92,13 +131,28 @@ def open_index(directory: PrivateDirectory, num_slots: int) -> lmdb.Environment:
     """
     directory.check_file(INDEX_FILE)
     try:
-        return lmdb.open(
-            directory.reach("."),
-            map_size=INDEX_BYTES + 4 * INDEX_BYTES_PER_SLOT * num_slots,
-            mode=0o600,
-            lock=False,
+        environment = lmdb.open(
+            directory.reach("."), map_size=index_bytes(num_slots), mode=0o600, lock=False
         )
     except lmdb.Error as error:
         raise ConfigError(
             f"ssd_path={str(directory.path.parent)!r}: its index is not usable ({error})"
         ) from None
+    _allocate(directory, INDEX_FILE, index_bytes(num_slots))
+    return environment
+
+
+def _allocate(directory: PrivateDirectory, name: str, num_bytes: int) -> None:
+    """Have the disk keep blocks for `num_bytes` of the file `name`, whose length stays as it is.
+
+    Where it cannot, the file grows as it is written, and a full disk is met then.
+    """
+    descriptor = directory.open_file(name, os.O_RDWR)
+    try:
+        function = ctypes.CDLL(None, use_errno=True).fallocate
+        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        if function(descriptor, _KEEP_SIZE, 0, num_bytes) != 0:
+            error = ctypes.get_errno()
+            log.info("%s: no blocks were reserved (%s)", directory.path / name, os.strerror(error))
+    finally:
+        os.close(descriptor)

@@ -6,8 +6,9 @@ committed together; an entry that is outdated after a crash names a generation t
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import lmdb
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from tiermem.errors import TransferError
 from tiermem.index_image import IndexImage, image_of, read_index
 from tiermem.private_files import PrivateDirectory
-from tiermem.store_files import INDEX_FILE, open_index
+from tiermem.store_files import INDEX_FILE, index_bytes, open_index
 from tiermem.store_names import KEY_BYTES, NO_ROOT, ChainRoot, GoneReason, PageName
 from tiermem.store_records import (
     GONE_PAGE,
@@ -37,6 +38,8 @@ MAX_ROOTS = MAX_LABELS = 65536
 """In one index. Entries of further ones tell neither; their trailers tell the root."""
 MIN_GONE, MAX_GONE = 256, 65536
 """Places in the ring of what is gone: one a slot, within these."""
+PART_RECORDS = 64
+"""Written at once where the index is full."""
 SECOND_NS = 1_000_000_000
 
 
@@ -60,11 +63,16 @@ class StoreIndex:
     """The entries of a store, and what was written last to each slot; LMDB's file is in `directory`.
 
     `generations` and `checksums` have the number of the last write of every slot, and the checksum over those of
-    the layers; whoever writes a slot sets them. Entries that make no sense are deleted at opening.
+    the layers; whoever writes a slot sets them. Entries that make no sense are deleted at opening, as are those of
+    slots from `num_there` on, which were not in the file. A file that is too large, from when the store was, is
+    written anew.
     """
 
-    def __init__(self, directory: PrivateDirectory, num_slots: int) -> None:
+    def __init__(
+        self, directory: PrivateDirectory, num_slots: int, num_there: int | None = None
+    ) -> None:
         self.num_slots = num_slots
+        self._num_there = num_slots if num_there is None else min(num_there, num_slots)
         self.generations = np.zeros(num_slots, dtype=np.uint64)
         self.checksums = np.zeros(num_slots, dtype=np.uint64)
         self._published = np.zeros(num_slots, dtype=np.bool_)
@@ -72,12 +80,19 @@ class StoreIndex:
         self._pending: dict[bytes, bytes | None] = {}
         self._uses: dict[bytes, int] = {}
         image = read_index(directory) if directory.check_file(INDEX_FILE) else image_of(())
+        is_too_large = directory.size_of(INDEX_FILE) > index_bytes(num_slots)
+        if is_too_large:
+            directory.remove(INDEX_FILE)
+            self._pending.update(image.records())
         self._lmdb = open_index(directory, num_slots)
         self._roots = {root.hash: number for number, root in image.roots.items()}
         self._labels = {label: number for number, label in image.labels.items()}
         self._num_gone_places = min(max(num_slots, MIN_GONE), MAX_GONE)
         self._next_gone = image.gone[-1][0] + 1 if image.gone else 0
         self._stored: StoredPages | None = self._adopt(image)
+        if is_too_large:
+            with contextlib.suppress(TransferError):  # tried again by the next commit
+                self.commit()
 
     def take_stored(self) -> StoredPages:
         """What was there at opening; given out once, since it is large."""
@@ -153,16 +168,35 @@ class StoreIndex:
         if self.num_pending == 0:
             return
         try:
-            with self._lmdb.begin(write=True) as txn:
+            with self._lmdb.begin() as txn:
                 self._settle_uses(txn)
-                for key, value in sorted(self._pending.items()):
-                    if value is None:
-                        txn.delete(key)
-                    else:
-                        txn.put(key, value)
+            try:
+                self._write(self._pending)
+            except lmdb.MapFullError:
+                self._write_by_parts()
         except lmdb.Error as error:
             raise TransferError(f"the index of the SSD tier was not written: {error}") from error
         self._pending.clear()
+
+    def _write(self, records: Mapping[bytes, bytes | None]) -> None:
+        with self._lmdb.begin(write=True) as txn:
+            for key, value in sorted(records.items()):
+                if value is None:
+                    txn.delete(key)
+                else:
+                    txn.put(key, value)
+
+    def _write_by_parts(self) -> None:
+        """Where the index is full: deletions first, and less at once, so that LMDB uses again what it has freed.
+
+        Labels, and what is said of pages that are gone, are left out.
+        """
+        for key in [key for key in self._pending if key[:1] in (LABEL, GONE_PAGE)]:
+            if self._pending[key] is not None:
+                del self._pending[key]
+        items = sorted(self._pending.items(), key=lambda item: (item[1] is not None, item[0]))
+        for start in range(0, len(items), PART_RECORDS):
+            self._write(dict(items[start : start + PART_RECORDS]))
 
     def close(self) -> None:
         """Give the index up; what is not committed is lost."""
@@ -241,7 +275,7 @@ class StoreIndex:
 
     def _is_kept(self, entries: NDArray[np.void]) -> NDArray[np.bool_]:
         """Which entries have a slot of their own; of several with one slot, that of the last write."""
-        kept = entries["slot"] < self.num_slots
+        kept = entries["slot"] < self._num_there
         places = np.flatnonzero(kept)
         newest_last = places[np.argsort(entries["generation"][places], kind="stable")]
         last = np.full(self.num_slots, -1, dtype=np.int64)

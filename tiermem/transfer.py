@@ -8,6 +8,7 @@ or full RAM tier stops nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -124,6 +125,8 @@ class Transfer:
     def fail(self, error: TransferError) -> None:
         """The pages are as they were before."""
         self.error = error
+        if error.errno == errno.ENOSPC and self.dst == Tier.SSD:
+            self._mover.note_full()
         self._mover.table.abort(self.ids, self.dst)
         self._mover.table.unpin(self.ids, self.src)
         self._end(0)
@@ -231,6 +234,10 @@ class Mover:
         """`transfer` was settled after moving `num_pages` pages."""
         self.leaving[transfer.src] -= len(transfer.ids)
         self.meter.end(transfer.src, transfer.dst, num_pages * self._layout.page_bytes)
+
+    def note_full(self) -> None:
+        """The SSD had no space for a page."""
+        self._cold.guard.note_full()
 
     def free(self) -> None:
         """Give the staging slots back; nothing may be in flight."""

@@ -14,6 +14,7 @@ from tiermem.cli.human import (
 )
 from tiermem.cli.snapshot import Snapshot
 from tiermem.cli.table import Table, clip, pairs, printable
+from tiermem.disk_budget import DiskStats
 from tiermem.stats import FlowStats, Stats, TierStats
 from tiermem.step_record import StepRecord
 
@@ -124,6 +125,7 @@ def facts(stats: Stats) -> Table:
         ("device memory", _device_memory_text(stats)),
         ("host memory", _host_memory_text(stats)),
         ("SSD", _ssd_text(stats)),
+        *([("SSD writes", disk_text(stats.disk))] if stats.disk is not None else []),
         ("model", stats.model_id or NOTHING),
     ]
     if stats.last_step is not None:
@@ -218,4 +220,17 @@ def _device_memory_text(stats: Stats) -> str:
 def _ssd_text(stats: Stats) -> str:
     if stats.ssd_path is None:
         return "off"
-    return f"{size_text(stats.ssd_disk_bytes)} on disk at {stats.ssd_path}, through {stats.ssd_io}"
+    text = f"{size_text(stats.ssd_disk_bytes)} on disk at {stats.ssd_path}, through {stats.ssd_io}"
+    return text if stats.disk is None else f"{text}; at most {size_text(stats.disk.cap_bytes)}"
+
+
+def disk_text(disk: DiskStats) -> str:
+    """What was written to the SSD, what may be, and why not more."""
+    text = f"{size_text(disk.written_bytes)} written"
+    if disk.budget_bytes is not None and disk.budget_left_bytes is not None:
+        left = size_text(max(0, disk.budget_left_bytes))
+        text += f", {left} of {size_text(disk.budget_bytes)} a day left"
+    text += f"; {size_text(disk.free_bytes)} free on its disk"
+    if disk.pause is not None:
+        text += f"; writes only what it must: {disk.pause}"
+    return text + (f"; {count_text(disk.skipped_pages)} pages spared" if disk.skipped_pages else "")

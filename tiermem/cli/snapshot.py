@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
+from tiermem.disk_budget import DiskStats
 from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
 from tiermem.step_record import StepRecord
 
-Part = TypeVar("Part", TierStats, FlowStats, SequenceStats, StepRecord)
+Part = TypeVar("Part", TierStats, FlowStats, SequenceStats, StepRecord, DiskStats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ def read_stats(document: Mapping[str, Any]) -> Stats:
     values["sequences"] = _parts(SequenceStats, document["sequences"])
     steps = [] if document["last_step"] is None else [document["last_step"]]
     values["last_step"] = next(iter(_parts(StepRecord, steps)), None)
+    disks = [document["disk"]] if document["disk"] is not None else []
+    values["disk"] = next(iter(_parts(DiskStats, disks)), None)
     return Stats(**values)
 
 
