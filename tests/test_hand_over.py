@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,8 +236,15 @@ def test_a_wait_that_could_not_be_enqueued_has_no_time(monkeypatch: pytest.Monke
             pass
     with pytest.raises(TransferError), waits.timed():
         raise TransferError
-    assert waits.take() == pytest.approx(3e-3)
+    assert waits.take() == pytest.approx([1e-3, 1e-3, 1e-3])
     with pytest.raises(TransferError), waits.timed():
         raise TransferError
-    assert waits.take() == 0
+    assert waits.take() == []
     assert hand_over._Waits(is_timed=False).take() is None
+
+
+def test_late_are_the_layers_that_were_waited_for() -> None:
+    outcomes = [SimpleNamespace(attended_s=2e-3)] * 4
+    assert hand_over._late([5e-3, 3e-6, 1e-4, 1.2e-4], outcomes) == 0.5
+    assert hand_over._late([5e-3, 3e-6], outcomes) == 0.5  # the other ones have not ended yet
+    assert hand_over._late([], outcomes) == 0

@@ -7,7 +7,7 @@ then another word, for which the stream waits. So the host enqueues a whole step
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,6 +27,8 @@ WORD_BYTES = 128
 """From one word to the next: on lines of their own."""
 ALIGN_BYTES = 128
 NAP_S = 50e-6
+LATE, LEAST_WAIT_S = 0.05, 10e-6
+"""A result is late if the stream waits for this share of the time that it took, and longer than a look takes."""
 _LEFT_BEHIND: list[HandOver] = []
 """Whose threads never came back: what they read stays mapped for the life of the process."""
 
@@ -85,13 +87,12 @@ class _Waits:
         after.record()
         self._count += 1  # not where something raised: an event that was not recorded has no time
 
-    def take(self) -> float | None:
-        """Seconds of all waits that have ended, and forget them; None where there is no such clock."""
+    def take(self) -> list[float] | None:
+        """Seconds of each wait that has ended, and forget them; None where there is no such clock."""
         waits, self._count = self._events[: self._count], 0
         if not self._is_timed:
             return None
-        ended = [float(before.elapsed_time(after)) for before, after in waits if after.query()]
-        return sum(ended) / 1e3
+        return [before.elapsed_time(after) / 1e3 for before, after in waits if after.query()]
 
 
 class HandOver:
@@ -192,7 +193,7 @@ class HandOver:
         TransferError: one failed; its result was NaN.
         """
         outcomes = [self._wait(job) for job in self._jobs]
-        awaited_s = self._waits.take()
+        waits = self._waits.take()
         self._jobs.clear()
         self._places = None
         self._used = self._device.compute_stream().record()
@@ -202,7 +203,8 @@ class HandOver:
         return RamWork(
             sum(outcome.bytes_read for outcome in outcomes),
             sum(outcome.attended_s for outcome in outcomes),
-            awaited_s,
+            None if waits is None else sum(waits),
+            None if waits is None else _late(waits, outcomes),
         )
 
     def close(self, timeout_s: float) -> bool:
@@ -288,6 +290,13 @@ class HandOver:
             *(part.view(torch.float32) for part in host[1:]),
             *(shown[i][: sizes[i]].view(torch.float32) for i in range(1, len(sizes))),
         )
+
+
+def _late(waits: Sequence[float], outcomes: Sequence[AttentionOutcome]) -> float:
+    """The share of layers in which the stream came to the result well before it was there."""
+    pairs = zip(waits, outcomes, strict=False)  # the last waits may not have ended yet
+    late = [wait_s > LEAST_WAIT_S + LATE * outcome.attended_s for wait_s, outcome in pairs]
+    return sum(late) / len(late) if late else 0.0
 
 
 def _pages_of(flat: torch.Tensor, shape: tuple[int, int, int], num_pages: int) -> torch.Tensor:

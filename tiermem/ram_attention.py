@@ -26,12 +26,14 @@ MOST_ROWS = 32
 class RamWork:
     """What the CPU did for a step: bytes of K and V that it read, and the seconds that took.
 
-    `awaited_s`: how long the device waited for it; None where that is not known.
+    `awaited_s`: how long the device waited for it. `late`: of the layers, the share (0 to 1) in which it did. Both
+    None where that is not known.
     """
 
     num_bytes: int
     seconds: float
     awaited_s: float | None = None
+    late: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
 """RamBalance: the CPU's share of what is in RAM, refined by what steps took.
 
-The formula of ram_split has three unknowns: how fast the link is, how fast the CPU attends, and how long the CPU
-has no queries. Whichever of the two was last in a step tells its own part; the other one is only bounded, and a
-little more is tried of it in the next step.
+The formula of ram_split has three unknowns. How fast the CPU attends is measured by every step, and how fast the
+link is by each that the link limits. The third one, how long the CPU has no queries, cannot be measured: it holds
+what a step does besides, and what neither of the two is to blame for. So it is what is turned, until the GPU waits
+for the CPU in about every second layer. Layers are counted, not the time waited for: a thread that loses its core
+for a few milliseconds makes one layer late, however long, and says nothing about the other ones.
 """
 
 from __future__ import annotations
@@ -12,37 +14,42 @@ from dataclasses import dataclass, replace
 from tiermem.pools import Slots
 from tiermem.ram_attention import MOST_ROWS, RamWork, StepBytes, first_places
 from tiermem.ram_split import SplitRates, SplitWork, best_split, split_time
-from tiermem.step_record import WAITED
 
 NEWEST = 0.25
 """Weight of the newest step in what is remembered."""
 ODD, MOST_ODD = 2.0, 3
 """A step that takes so many times what was foreseen tells nothing, unless as many before it did too."""
-HOPE = 0.005
-"""By which what was only bounded is taken to be better than that: without it, any share would confirm itself."""
-MOST_HOPE, PATIENCE = 0.08, 2
-"""How far it grows, twice as much each time, after the same one was last so many times in a row."""
+HALF = 0.5
+"""Of the layers: where the CPU is last in fewer, the link is the limit."""
+FIRST_TURN, LEAST_TURN, MOST_TURN = 0.02, 0.002, 0.1
+"""Of a step's time, by which the time without queries is turned at once."""
+ONWARD, BACK = 2.0, 0.5
+"""Times the last turn, if it went the same way, or the other: large turns far away, small ones when it is near."""
 FORGET = 0.5
 """Of the time without queries, a step in which the CPU had nothing to do."""
+RETRY = 0.005
+"""By which the CPU is taken to be faster after each such step, so that it is tried again."""
 ROWS_SLOWER = 0.5
 """Of the CPU's rate, by which twice as many new tokens are guessed to cost, before it was seen."""
 
 
 @dataclass(slots=True)
 class _Pace:
-    """Of steps with some number of new tokens: how fast the CPU attends, how long it has no queries, and who was
-    last in the newest ones, with how many before them the same."""
+    """Of steps with some number of new tokens: how fast the CPU attends, how long it has no queries, and by which
+    part of a step's time that was turned last, above 0 for a longer one."""
 
     cpu: float
     idle_s: float = 0.0
-    is_cpu_last: bool = False
-    streak: int = 0
+    turn: float = 0.0
 
-    def hope(self, *, is_cpu_last: bool) -> float:
-        """Who was last now; by how much more is tried: the more, the longer it has been the same one."""
-        self.streak = self.streak + 1 if is_cpu_last == self.is_cpu_last else 0
-        self.is_cpu_last = is_cpu_last
-        return min(HOPE * float(2 ** max(self.streak - PATIENCE, 0)), MOST_HOPE)
+    def turn_idle(self, late: float, elapsed_s: float) -> None:
+        """The CPU was last in a share of `late` of the layers: let it have less if in most, else more."""
+        way = min(max(4 * (late - HALF), -1.0), 1.0)
+        onward = ONWARD if way * self.turn > 0 else BACK
+        size = abs(self.turn) * onward if self.turn else FIRST_TURN
+        size = min(max(size, LEAST_TURN), MOST_TURN)
+        self.turn = size if way > 0 else -size
+        self.idle_s = max(self.idle_s + way * size * elapsed_s, 0.0)
 
 
 class RamBalance:
@@ -73,10 +80,10 @@ class RamBalance:
         if work.num_bytes == 0:
             # Nothing can be learned without it: one slow step must not end it for good.
             pace.idle_s *= FORGET
-            pace.cpu *= 1 + HOPE
+            pace.cpu *= 1 + RETRY
             return
         streamed = wanted.ram - work.num_bytes + wanted.cold
-        if work.seconds <= 0 or streamed <= 0 or work.awaited_s is None:
+        if work.seconds <= 0 or streamed <= 0 or work.late is None:
             return
         foreseen_s = split_time(*self._known(wanted), work.num_bytes / wanted.ram)
         if elapsed_s > ODD * foreseen_s and self._odd < MOST_ODD:
@@ -84,14 +91,12 @@ class RamBalance:
             return
         self._odd = 0
         pace.cpu = _mixed(pace.cpu, work.num_bytes / work.seconds)
-        link, idle_s = streamed / elapsed_s, max(elapsed_s - work.seconds, 0.0)
-        hope = pace.hope(is_cpu_last=work.awaited_s > WAITED * elapsed_s)
-        if pace.is_cpu_last:
-            pace.idle_s = _mixed(pace.idle_s or idle_s, idle_s)
-            self._link = max(self._link, link) * (1 + hope)
-        else:
-            self._link = _mixed(self._link, link)
-            pace.idle_s = max(min(pace.idle_s, idle_s) - hope * elapsed_s, 0.0)
+        link = streamed / elapsed_s
+        self._link = _mixed(self._link, link) if work.late < HALF else max(self._link, link)
+        pace.turn_idle(work.late, elapsed_s)
+        if elapsed_s > (wanted.ram + wanted.cold) / self._link:
+            # The link alone would have been faster: no small turns then.
+            pace.idle_s = max(pace.idle_s, elapsed_s - work.seconds)
 
     def _known(self, wanted: StepBytes) -> tuple[SplitWork, SplitRates]:
         pace = self._pace(wanted.new_tokens)
