@@ -150,6 +150,36 @@ def test_a_second_run_attaches_what_the_first_stored(
     assert (tmp_path / "store" / "header.json").is_file()
 
 
+@pytest.mark.parametrize("lookup", [(), ("--lookup",)])
+def test_damage_is_repaired_and_told(
+    cli: Cli, model_dir: Path, tmp_path: Path, lookup: tuple[str, ...]
+) -> None:
+    arguments = (
+        "generate", "--model", model_dir, "--prompt", PROMPT, *TIERS, *CPU,
+        "--ssd-path", tmp_path / "store", "--max-new-tokens", 10, *lookup,
+    )  # fmt: skip
+    first = cli(*arguments, "--json").json()
+    assert first["computed_again_tokens"] == 0
+    slots = max((tmp_path / "store").rglob("*"), key=lambda path: path.stat().st_size)
+    for options in (("--json",), ()):
+        with slots.open("r+b") as file:
+            for start in range(0, slots.stat().st_size, 4096):
+                file.seek(start)
+                file.write(b"damage")
+        found = cli(*arguments, *options)
+        assert found.code == 0
+        assert "tokens of 1 rows were computed again" in found.err
+        if options:
+            document = found.json()
+            assert document["token_ids"] == first["token_ids"]
+            assert document["attached_tokens"] == 288
+            assert document["computed_again_tokens"] == 288
+            assert document["stats"]["computed_again_tokens"] == 288
+        else:
+            assert text_of(first["token_ids"]) in found.out
+            assert " damaged pages, 288 tokens computed again" in found.out
+
+
 def test_the_private_directory_is_gone_afterwards(
     cli: Cli, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -263,9 +263,14 @@ def test_trouble_and_tiers_that_are_off_are_told() -> None:
         failed_transfers=2, corrupt_pages=1, ssd_path=None, tiers=(off,), flows=(), sequences=()
     )
     text = "\n".join(manager_lines(snapshot(stats), None, None))
-    assert "2 failed transfers, 1 damaged pages" in text
+    assert text.endswith("2 failed transfers, 1 damaged pages")
     assert "SSD        off" in text
     assert "SSD              off" in text
+
+
+def test_tokens_that_were_computed_again_are_told() -> None:
+    text = "\n".join(manager_lines(snapshot(example_stats(computed_again_tokens=4096)), None, None))
+    assert "0 damaged pages, 4,096 tokens computed again" in text
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 120])

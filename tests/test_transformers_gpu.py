@@ -97,7 +97,7 @@ def test_replayed_tokens_are_those_of_the_model(family: str) -> None:
     with TieredCache(model, tiers(model, 80, 0), page_tokens=PAGE_TOKENS) as cache:
         out = model.generate(ids, attention_mask=mask, past_key_values=cache, **arguments)
         assert torch.equal(out, expected)
-        assert cache._decode.num_graphs == 1
+        assert cache._calls.decode.num_graphs == 1
         cache.crop(-40)
         grown = torch.cat([mask, mask.new_ones(2, out.shape[1] - mask.shape[1] - 40)], 1)
         again = model.generate(
@@ -105,7 +105,7 @@ def test_replayed_tokens_are_those_of_the_model(family: str) -> None:
             max_new_tokens=40,
         )  # fmt: skip
         assert torch.equal(again, expected)
-        assert cache._decode.num_graphs == 1
+        assert cache._calls.decode.num_graphs == 1
         cache.manager.check()
 
 
@@ -117,7 +117,7 @@ def test_results_of_replays_are_the_callers_own() -> None:
     with TieredCache(model, tiers(model, 40, 0), page_tokens=PAGE_TOKENS) as cache:
         model(ids, past_key_values=cache)
         results = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8)]
-        assert cache._decode.num_graphs == 1
+        assert cache._calls.decode.num_graphs == 1
     everything = model(torch.cat([ids, ids[:, :8]], 1)).logits
     for i, logits in enumerate(results):
         torch.testing.assert_close(logits[:, 0], everything[:, 20 + i], rtol=1e-4, atol=1e-4)
@@ -147,7 +147,7 @@ def test_drafted_tokens_in_fp32(family: str, gpu_pages: int, tmp_path: Path) -> 
                 model.generate(out, past_key_values=cache, **again, **decoding), plain
             )
             cache.crop(out.shape[1] - 1 - cache.get_seq_length())
-        assert cache._decode.num_graphs == (1 if gpu_pages == 80 else 0)
+        assert cache._calls.decode.num_graphs == (1 if gpu_pages == 80 else 0)
         cache.manager.check()
 
 

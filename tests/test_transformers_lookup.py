@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from tiermem import ConfigError, OutOfPagesError
 from tiermem.integrations.transformers import Acceptance, PromptLookup, TieredCache
 from tiermem.integrations.transformers.drafts import Drafts
+from tiermem.integrations.transformers.forward import Forward
 
 NEW = 30
 GREEDY = {"do_sample": False, "max_new_tokens": NEW}
@@ -347,16 +348,16 @@ def test_a_text_that_fits_fits_with_drafts_too(monkeypatch: pytest.MonkeyPatch) 
     expected = reference(model, ids, **options)
     foresee(monkeypatch, expected, lambda _passes: 0)
     monkeypatch.setattr(PromptLookup, "_next_limit", lambda *_: 31)
-    right, refused = TieredCache.call_begins, []
+    begin, refused = Forward.begin, []
 
-    def counted(self: TieredCache, arguments: Mapping[str, object]) -> None:
+    def counted(self: Forward) -> None:
         try:
-            right(self, arguments)
+            begin(self)
         except OutOfPagesError as error:
             refused.append(error)
             raise
 
-    monkeypatch.setattr(TieredCache, "call_begins", counted)
+    monkeypatch.setattr(Forward, "begin", counted)
     with TieredCache(model, tiers(model, 4, 0), page_tokens=PAGE_TOKENS) as cache:
         assert torch.equal(looked_up(model, cache, ids, PromptLookup(31), **options), expected)
         assert refused, "no draft was too long"

@@ -80,7 +80,12 @@ class TierManager:
         self._sequences: dict[Sequence, None] = {}
         self._step: Step | None = None
         self._closed = False
-        self._counts = {"steps": 0, "prompt_tokens": 0, "attached_tokens": 0}
+        self._counts = {
+            "steps": 0,
+            "prompt_tokens": 0,
+            "attached_tokens": 0,
+            "computed_again_tokens": 0,
+        }
         self._last_step: StepRecord | None = None
         self._reads = dict.fromkeys(Tier, 0)
         self._started_s = time.time()
@@ -251,7 +256,12 @@ class TierManager:
             attended_limit_gb_per_s=self._attended_limit,
             last_step=self._last_step,
             disk=self._store.guard.stats() if self._store else None,
+            computed_again_tokens=counts["computed_again_tokens"],
         )  # fmt: skip
+
+    def note_computed_again(self, num_tokens: int) -> None:
+        """Count tokens that were computed once more because their pages were lost, for the stats."""
+        self._counts["computed_again_tokens"] += num_tokens
 
     def check(self) -> None:
         """Verify the bookkeeping by brute force; raises InvariantError saying what is wrong."""

@@ -78,6 +78,21 @@ class Sequence:
         if self.step_running:
             raise TierMemError(f"sequence {self.label!r}: a step on it is still running")
 
+    def intact_tokens(
+        self, tiers: Iterable[Tier] = tuple(Tier), damaged: Iterable[int] = ()
+    ) -> int:
+        """Tokens from the start whose pages all have an intact copy in one of `tiers`, as far as is known.
+
+        `damaged` are pages that count as lost. Does not wait, and reads nothing: damage that was not found yet
+        does not count.
+        """
+        self.check_usable()
+        table = self._core.table
+        lost = np.isin(self.pages, np.fromiter(damaged, dtype=np.int64))
+        lost |= ~np.logical_or.reduce([table.states(self.pages, tier) == VALID for tier in tiers])
+        first = np.flatnonzero(lost)[:1]
+        return int(first[0]) * self._core.layout.page_tokens if len(first) else self.num_tokens
+
     # ---- names -------------------------------------------------------------------------------------
 
     def record(self, token_ids: Iterable[int] | torch.Tensor | np.ndarray) -> None:

@@ -77,6 +77,7 @@ class Stats:
     `attended_bytes` of K and V were attended by the CPU where they lie in RAM, in `attended_s` seconds;
     `attended_limit_gb_per_s` is the rate at which it was measured to read RAM, None where it was not.
     `last_step` is the newest one that was not undone. `disk` is None where there is no SSD tier.
+    `computed_again_tokens` had been stored before, and their pages were lost.
     """
 
     pid: int
@@ -109,6 +110,7 @@ class Stats:
     attended_limit_gb_per_s: float | None
     last_step: StepRecord | None = None
     disk: DiskStats | None = None
+    computed_again_tokens: int = 0
 
     @property
     def attended_gb_per_s(self) -> float:

@@ -132,14 +132,17 @@ def facts(stats: Stats) -> Table:
         rows.append(("last step", step_text(stats.last_step)))
     if stats.attended_bytes:
         rows.append(("attended in RAM", attended_text(stats)))
-    if stats.failed_transfers or stats.corrupt_pages:
+    if stats.failed_transfers or stats.corrupt_pages or stats.computed_again_tokens:
         rows.append(("trouble", trouble_text(stats)))
     return pairs(rows)
 
 
 def trouble_text(stats: Stats) -> str:
-    """Failed transfers and damaged pages."""
-    return f"{stats.failed_transfers} failed transfers, {stats.corrupt_pages} damaged pages"
+    """Failed transfers, damaged pages, and what was done about those."""
+    found = f"{stats.failed_transfers} failed transfers, {stats.corrupt_pages} damaged pages"
+    if stats.computed_again_tokens:
+        found += f", {count_text(stats.computed_again_tokens)} tokens computed again"
+    return found
 
 
 def sequence_lines(stats: Stats, width: int | None) -> list[str]:

@@ -57,6 +57,7 @@ class Summary:
             "dtype": self.dtype,
             "prompt_tokens": self.prompt_tokens,
             "attached_tokens": self.attached_tokens,
+            "computed_again_tokens": self.stats.computed_again_tokens,
             "new_tokens": new_tokens,
             "token_ids": list(self.token_ids),
             "text": self.text,
@@ -117,7 +118,7 @@ class Summary:
         ]
         if stats.attended_bytes:
             rows.append(("in RAM", f"attended {attended_text(stats)}"))
-        if stats.failed_transfers or stats.corrupt_pages:
+        if stats.failed_transfers or stats.corrupt_pages or stats.computed_again_tokens:
             rows.append(("trouble", trouble_text(stats)))
         rows.append(("verified", verdict_text(self.verdict)))
         return rows

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -12,33 +10,18 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
 from tiermem.config import TierConfig
 from tiermem.device.discovery import open_device
 from tiermem.device.protocol import Progress
 from tiermem.errors import ClosedError, ConfigError, TierMemError
-from tiermem.integrations.transformers.attention import NAME, register
-from tiermem.integrations.transformers.call import Call
-from tiermem.integrations.transformers.decode import DecodeCalls
-from tiermem.integrations.transformers.forward import CURRENT, Forward
-from tiermem.integrations.transformers.hooks import Hooks
 from tiermem.integrations.transformers.layer import TieredLayer
+from tiermem.integrations.transformers.model_calls import ModelCalls
 from tiermem.integrations.transformers.model_identity import model_identity
 from tiermem.integrations.transformers.rows import Rows
 from tiermem.integrations.transformers.support import ModelAttention, attention_of
-from tiermem.layout import PageLayout
 from tiermem.manager import TierManager
 from tiermem.stats import Stats
-from tiermem.step import Step
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Pending:
-    """A call of the model that has begun, and its arguments by name."""
-
-    call: Call
-    arguments: Mapping[str, object]
 
 
 class TieredCache(Cache):
@@ -47,7 +30,9 @@ class TieredCache(Cache):
     In calls with this cache, and no others, tiermem computes the model's attention: exactly, over pages in GPU
     memory, RAM and SSD. Padding is not stored. Tokens are named by their ids as they are stored, so that `attach`
     finds them again, here, in another cache or in another process on the same store. A call that raises stores
-    nothing. Where all pages are on a GPU, calls of one token a row are replayed as CUDA graphs.
+    nothing. Where pages are damaged or cannot be read, their tokens are computed again within the call that finds
+    it (hooks within the model see that too), and it goes on. Where all pages are on a GPU, calls of one token a
+    row are replayed as CUDA graphs.
 
     A context manager that closes; single-threaded; the weights must not change while it is open.
 
@@ -80,19 +65,14 @@ class TieredCache(Cache):
         attention = attention_of(model, page_tokens)
         identity = model_identity(model) if model_id is None else model_id
         self.manager = _open_manager(attention, config, identity, progress)
-        self._attention = attention
-        self._model_config = model.config
+        self.layout = attention.layout
+        self._reusable = attention.reusable
         self._rows = Rows(self.manager, salt, label, attention.reusable)
-        self._forward: Forward | None = None
-        self._decode = DecodeCalls(self.manager, self._decode_forward)
-        self._pending: Pending | None = None
-        self._model_attention: str | None = None
         self._closed = False
         super().__init__(
             layers=[TieredLayer(self, i, window) for i, window in enumerate(attention.windows)]
         )
-        register()
-        self._hooks = Hooks(model, self)
+        self._calls = ModelCalls(self, model, self.manager, attention, self._rows)
 
     def __enter__(self) -> TieredCache:
         return self
@@ -104,11 +84,6 @@ class TieredCache(Cache):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    @property
-    def layout(self) -> PageLayout:
-        """Shape and dtype of the pages."""
-        return self._attention.layout
 
     # ---- using it ----------------------------------------------------------------------------------
 
@@ -139,15 +114,16 @@ class TieredCache(Cache):
             )
         ids, real = _host_ids(input_ids, attention_mask)
         self._rows.reset()
-        return self._rows.attach(ids, real) if self._attention.reusable else 0
+        return self._rows.attach(ids, real) if self._reusable else 0
 
     def stats(self) -> Stats:
         """A frozen picture of the manager now."""
         return self.manager.stats()
 
     def reset(self) -> None:
-        """Empty the cache for another batch; named pages stay in the tiers for `attach`."""
-        self._settle()
+        """Empty the cache for another batch, whatever went wrong before; named pages stay in the tiers."""
+        self._check_open()
+        self._calls.undo()
         self._rows.reset()
         self._rows.names_wait = False
 
@@ -155,18 +131,17 @@ class TieredCache(Cache):
         """Close the manager and leave the model as it was. A second call does nothing."""
         if self._closed:
             return
-        self._settle()
+        self._calls.undo()
         self._rows.reset()
         self._closed = True
-        self._hooks.remove()
-        self._decode.forget_graphs()
+        self._calls.close()
         self.manager.close()
 
     # ---- what transformers asks --------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Columns stored, padding included; the same for all layers."""
-        return self._rows.columns
+        return self._calls.columns
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
@@ -185,11 +160,12 @@ class TieredCache(Cache):
         """
         if self._closed:
             raise ClosedError("the TieredCache is closed")
-        if self._forward is None or not self._forward.is_open:
+        forward = self._calls.forward
+        if forward is None or not forward.is_open:
             raise ConfigError(
                 "past_key_values: a TieredCache serves calls of the model that it was made for"
             )
-        self._forward.append(layer_idx, key_states, value_states)
+        forward.append(layer_idx, key_states, value_states)
         return key_states, value_states
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -227,41 +203,6 @@ class TieredCache(Cache):
         """Drafts come: tokens of a call get their names by the `crop` that follows it, those that are left."""
         self._rows.names_wait = True
 
-    # ---- calls of the model ------------------------------------------------------------------------
-
-    def call_begins(self, arguments: Mapping[str, object]) -> None:
-        """The model is called; if it is with this cache, open a step and take over the attention."""
-        self._settle()
-        if arguments.get("past_key_values") is not self:
-            return
-        if self._model_config.output_attentions:
-            raise ConfigError("output_attentions=True: TieredCache never has the attention weights")
-        call = Call.read(arguments)
-        self._rows.fit(call)
-        self._check_windows(call)
-        self._pending = Pending(call, arguments)
-        if not self._can_decode(call, arguments):
-            self._take_attention(Forward.open(self.manager, self._attention, self._rows, call))
-
-    def call_runs(self) -> object:
-        """The result of a call that adds one token to each row; None for others, which the model computes."""
-        if self._pending is None or self._forward is not None:
-            return None
-        return self._decode.run(self._rows, self._pending.arguments)
-
-    def call_ends(self) -> None:
-        """The model's call ended well: its tokens become part of the rows."""
-        pending, self._pending = self._pending, None
-        forward = self._release()
-        if forward is not None:
-            forward.finish()
-        if pending is not None:
-            self._rows.advance(pending.call)
-
-    def call_fails(self) -> None:
-        """The model's call raised."""
-        self._settle()
-
     # ---- inside ------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
@@ -271,65 +212,12 @@ class TieredCache(Cache):
     def _settle(self) -> None:
         """Undo a call that never ended: it raised, or was interrupted."""
         self._check_open()
-        self._pending = None
-        forward = self._release()
-        if forward is not None:
-            forward.abandon(TierMemError("the call of the model did not end"))
-
-    def _can_decode(self, call: Call, arguments: Mapping[str, object]) -> bool:
-        """Whether a call may be replayed: alike but for values, seen by nobody within the model."""
-        can_run = self._attention.reusable and self._decode.can_run(call, arguments)
-        return can_run and not self._hooks.others_listen()
-
-    def _decode_forward(
-        self, step: Step, ids: torch.Tensor, positions: torch.Tensor
-    ) -> ModelOutput:
-        """The model's own forward of one token a row within `step`."""
-        assert self._pending is not None
-        forward = Forward.within(step, self._attention, self._pending.call)
-        self._take_attention(forward)
-        try:
-            result: ModelOutput = self._hooks.original(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                position_ids=positions,
-                past_key_values=self,
-                use_cache=True,
-            )
-        finally:
-            self._release()
-        forward.finish()
-        return result
-
-    def _take_attention(self, forward: Forward) -> None:
-        self._forward = forward
-        self._model_attention = self._model_config._attn_implementation
-        self._model_config._attn_implementation = NAME
-        CURRENT.set(forward)
-
-    def _release(self) -> Forward | None:
-        """Give the model its own attention back; returns the call that was running."""
-        forward, self._forward = self._forward, None
-        if forward is not None:
-            self._model_config._attn_implementation = self._model_attention
-            CURRENT.set(None)
-        return forward
+        self._calls.undo()
+        self._rows.settle()
 
     def _select(self, rows: list[int]) -> None:
         self._settle()
         self._rows.select(rows)
-
-    def _check_windows(self, call: Call) -> None:
-        """Windows count tokens; transformers counts columns, which is the same unless padding lies between."""
-        if all(window is None for window in self._attention.windows):
-            return
-        if call.real.all() and not self._rows.padded:
-            return
-        real = np.concatenate([self._rows.real, call.real], axis=1)
-        if (np.diff(real.astype(np.int8), axis=1) < 0).any():
-            raise ConfigError(
-                "attention_mask: padding after tokens; with sliding windows it must be on the left"
-            )
 
 
 def _open_manager(

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
 import numpy as np
 import torch
 
-from tiermem.errors import ConfigError, TierMemError
+from tiermem.errors import ClosedError, ConfigError, TierMemError
 from tiermem.integrations.transformers.call import Call
-from tiermem.integrations.transformers.rows import Rows
 from tiermem.integrations.transformers.support import ModelAttention
 from tiermem.manager import TierManager
+from tiermem.sequence import Sequence
 from tiermem.step import Step
 
 
 class Forward:
-    """One call's way through a step: each layer calls `append`, then `attend`; `finish` or `abandon` ends it.
+    """One call's way through a step: `begin`, then each layer calls `append` and `attend`; `finish` or `abandon`
+    ends it.
 
-    `context` holds what ends with the call. `step` is None where no row of the batch has a new token.
+    `step` is None where no row of the batch has a new token; `is_owner`: it begins and ends with the call.
     """
 
     def __init__(
-        self, attention: ModelAttention, call: Call, step: Step | None, context: ExitStack
+        self, attention: ModelAttention, call: Call, step: Step | None, is_owner: bool
     ) -> None:
         self.is_open = True
         self._attention = attention
@@ -32,27 +34,39 @@ class Forward:
         self._next_layer = 0
         self._waiting: tuple[int, torch.Tensor] | None = None
         self._places = _places(call, attention.device)
-        self._context = context
         self._step = step
+        self._own = step if is_owner else None
 
     @classmethod
-    def open(
-        cls, manager: TierManager, attention: ModelAttention, rows: Rows, call: Call
+    def of(
+        cls,
+        manager: TierManager,
+        attention: ModelAttention,
+        sequences: SequenceOf[Sequence],
+        call: Call,
     ) -> Forward:
         """In a step of its own, which ends with the call; rows of the batch without a new token take no part."""
-        context = ExitStack()
         counts = call.real.sum(axis=1)
         busy = np.flatnonzero(counts)
         step = None
         if len(busy):
-            step = manager.step([rows.sequences[i] for i in busy], [int(counts[i]) for i in busy])
-            context.enter_context(step)
-        return cls(attention, call, step, context)
+            step = manager.step([sequences[int(i)] for i in busy], [int(counts[i]) for i in busy])
+        return cls(attention, call, step, is_owner=True)
 
     @classmethod
     def within(cls, step: Step, attention: ModelAttention, call: Call) -> Forward:
-        """In a step of all rows of `call`, each with one token; the step is its owner's to end."""
-        return cls(attention, call, step, ExitStack())
+        """In a step of all rows of `call`, each with one token; the step is its owner's to begin and to end."""
+        return cls(attention, call, step, is_owner=False)
+
+    def begin(self) -> None:
+        """Enter a step of its own.
+
+        Raises
+        ------
+        OutOfPagesError, CorruptPageError, TransferError: as entering a step.
+        """
+        if self._own is not None:
+            self._own.__enter__()
 
     # ---- the layers --------------------------------------------------------------------------------
 
@@ -125,23 +139,21 @@ class Forward:
         ConfigError: layers did not attend. CorruptPageError, TransferError: the step could not be completed; in
         either case nothing was stored.
         """
-        try:
-            num_layers = len(self._attention.windows)
-            if self._waiting is not None or self._next_layer != num_layers:
-                raise ConfigError(
-                    f"the model ended after {self._next_layer} of {num_layers} layers had attended"
-                )
-        except ConfigError as error:
-            self.abandon(error)
-            raise
+        num_layers = len(self._attention.windows)
+        if self._waiting is not None or self._next_layer != num_layers:
+            raise ConfigError(
+                f"the model ended after {self._next_layer} of {num_layers} layers had attended"
+            )
+        if self._own is not None:
+            self._own.__exit__(None, None, None)
         self.is_open = False
-        self._context.close()
 
     def abandon(self, error: BaseException) -> None:
-        """The call failed with `error`: nothing of it was stored. Does nothing once it has ended."""
-        if self.is_open:
-            self.is_open = False
-            self._context.__exit__(type(error), error, error.__traceback__)
+        """The call failed with `error`, wherever it was: nothing of it was stored. Again does nothing."""
+        if self.is_open and self._own is not None:
+            with suppress(ClosedError):  # it was not entered, or has been left
+                self._own.__exit__(type(error), error, error.__traceback__)
+        self.is_open = False
 
     # ---- inside ------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Hooks: how a TieredCache learns of every call of its model, and may carry it out in its own way."""
+"""Hooks: how a TieredCache gets hold of every call of its model, and carries it out in its own way."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from transformers import PreTrainedModel
 
 
 class Listener(Protocol):
-    """Who wants to know of calls of the model."""
+    """Who carries out calls of the model."""
 
-    def call_begins(self, arguments: Mapping[str, object]) -> None: ...
-
-    def call_runs(self) -> object:
-        """What the call that has begun returns; None where the model is to compute it."""
+    def run_call(self, arguments: Mapping[str, object], compute: Callable[[], Any]) -> Any:
+        """What a call with `arguments`, by their names, returns; `compute` is the model's own forward with them,
+        and may be called again after it has raised."""
         ...
 
-    def call_ends(self) -> None: ...
 
-    def call_fails(self) -> None: ...
+@dataclass(slots=True)
+class Ear:
+    """Who listens, while it lives and until it is `removed`."""
+
+    listener_of: Callable[[], Listener | None]
+    removed: bool = False
+
+    def listener(self) -> Listener | None:
+        """None where nobody listens any more."""
+        return None if self.removed else self.listener_of()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,30 +43,29 @@ class Replaced:
 
 
 class Hooks:
-    """Hooks on a model that tell a listener of its calls, until `remove`; they do not keep the listener alive.
+    """A forward in the place of a model's own that lets a listener carry out its calls, until `remove`.
 
-    `original` is the model's own forward.
+    It does not keep the listener alive. `original` is the model's own forward. Hooks of the model, whoever
+    registered them, run around it, once a call.
     """
 
     def __init__(self, model: PreTrainedModel, listener: Listener) -> None:
-        self._listener = weakref.ref(listener)
         self._model = weakref.ref(model)
         self._newest_seen = -1
         self._others = False
         self.original = model.forward
         self._signature = inspect.signature(model.forward)
-        self._rest = _name_of_rest(self._signature)
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
-        self._undo = weakref.finalize(
-            listener, _undo, weakref.ref(model), self._replace_forward(model), self._handles
-        )
+        ear = Ear(weakref.ref(listener))
+        replaced = self._replace_forward(model, ear)
+        self._undo = weakref.finalize(listener, _undo, weakref.ref(model), replaced, ear)
 
     def remove(self) -> None:
         """Leave the model as it was; again does nothing."""
         self._undo()
+
+    def takes(self, argument: str) -> bool:
+        """Whether the model's forward names this argument."""
+        return argument in self._signature.parameters
 
     def others_listen(self) -> bool:
         """Whether modules within the model have hooks: a replay would not call them."""
@@ -74,48 +80,23 @@ class Hooks:
             )
         return self._others
 
-    def _replace_forward(self, model: PreTrainedModel) -> Replaced:
-        """Put a forward that asks the listener first in the place of the model's own."""
-        listener_of, original = self._listener, self.original
+    def _replace_forward(self, model: PreTrainedModel, ear: Ear) -> Replaced:
+        """Put a forward that asks the listener in the place of the model's own."""
+        original, signature = self.original, self._signature
+        rest_name = _name_of_rest(signature)
         before = model.__dict__.get("forward")
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            listener = listener_of()
-            result = None if listener is None else listener.call_runs()
-            return original(*args, **kwargs) if result is None else result
+            listener = ear.listener()
+            if listener is None:
+                return original(*args, **kwargs)
+            bound = signature.bind_partial(*args, **kwargs).arguments
+            rest = bound.pop(rest_name, {})
+            return listener.run_call({**bound, **rest}, lambda: original(*args, **kwargs))
 
         model.forward = forward
         return Replaced(forward, before)
-
-    def _before(
-        self,
-        _module: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        listener = self._listener()
-        if listener is None:
-            return
-        bound = self._signature.bind_partial(*args, **kwargs).arguments
-        rest = bound.pop(self._rest, {})
-        listener.call_begins({**bound, **rest})
-
-    def _after(
-        self,
-        _module: torch.nn.Module,
-        _args: tuple[Any, ...],
-        _kwargs: dict[str, Any],
-        result: object,
-    ) -> None:
-        listener = self._listener()
-        if listener is None:
-            return
-        # torch calls this hook without a result when the forward, or an earlier hook, has raised
-        if result is None:
-            listener.call_fails()
-        else:
-            listener.call_ends()
 
 
 def _name_of_rest(signature: inspect.Signature) -> str:
@@ -124,13 +105,8 @@ def _name_of_rest(signature: inspect.Signature) -> str:
     return kinds.get(inspect.Parameter.VAR_KEYWORD, "")
 
 
-def _undo(
-    model_of: Callable[[], PreTrainedModel | None],
-    replaced: Replaced,
-    handles: list[torch.utils.hooks.RemovableHandle],
-) -> None:
-    for handle in handles:
-        handle.remove()
+def _undo(model_of: Callable[[], PreTrainedModel | None], replaced: Replaced, ear: Ear) -> None:
+    ear.removed = True
     model = model_of()
     if model is None or model.__dict__.get("forward") is not replaced.forward:
         return  # someone has wrapped ours, which lets every call through from now on

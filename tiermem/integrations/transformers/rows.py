@@ -6,13 +6,16 @@ tiermem stores tokens: padding has no K and V.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tiermem.integrations.transformers.call import Call
+from tiermem.integrations.transformers.columns import Columns, Gap
 from tiermem.manager import TierManager
 from tiermem.sequence import Sequence
 
@@ -36,8 +39,10 @@ class Rows:
 
     def __init__(self, manager: TierManager, salt: bytes, label: str, reusable: bool) -> None:
         self.sequences: list[Sequence] = []
-        self.real: NDArray[np.bool_] = np.ones((0, 0), dtype=np.bool_)
         self.names_wait = False
+        self._columns = Columns(0)
+        self._short: dict[Sequence, int] = {}
+        self._is_settled = True
         self._unnamed: Unnamed | None = None
         self._manager = manager
         self._salt = salt
@@ -47,7 +52,12 @@ class Rows:
     @property
     def columns(self) -> int:
         """Columns that are stored, padding included: the length that transformers sees."""
-        return int(self.real.shape[1])
+        return self._columns.count
+
+    @property
+    def real(self) -> NDArray[np.bool_]:
+        """(rows, columns), False at padding; until the next change."""
+        return self._columns.real
 
     @property
     def padded(self) -> bool:
@@ -87,11 +97,39 @@ class Rows:
                 "attention_mask: differs from before in columns that are stored already"
             )
 
-    def advance(self, call: Call) -> None:
-        """A step has stored the tokens of `call`: count its columns and name its tokens."""
+    @contextmanager
+    def growing(self, call: Call) -> Iterator[None]:
+        """A step stores the tokens of `call` meanwhile: count its columns and name its tokens.
+
+        Where the body raises, rows have no more columns than before: fewer where they were cut and not filled.
+        """
+        start, self._is_settled = self.columns, False
+        try:
+            yield
+            self._advance(call)
+        except BaseException:
+            self._columns.cut(start)
+            self._unnamed = None
+            self.settle()
+            raise
+        self._is_settled = True
+
+    def settle(self) -> None:
+        """Let every row have the tokens of its columns: what a call that raised left, or took, is forgotten."""
+        if self._is_settled:
+            return
+        kept = self.columns
+        for row, sequence in enumerate(self.sequences):
+            missing = np.flatnonzero(self.real[row])[sequence.num_tokens :]
+            kept = min(kept, int(missing[0])) if len(missing) else kept
+        self._short = {}
+        self.crop(self.columns - kept)
+        self._is_settled = True
+
+    def _advance(self, call: Call) -> None:
         start = self.columns
         named = [row for row in range(call.rows) if self._placed_as_stored(call, row)]
-        self.real = np.concatenate([self.real, call.real], axis=1)
+        self._columns.append(call)
         self._unnamed = Unnamed(call, start, named)
         if not self.names_wait:
             self._name_waiting()
@@ -146,7 +184,9 @@ class Rows:
         except BaseException:
             self.reset()
             raise
-        self.real = real[:, :attached].copy()
+        known = slice(0, attached)
+        positions = np.cumsum(real, axis=1, dtype=np.int64) - 1
+        self._columns.attach(real[:, known], ids[:, known], positions[:, known])
         return attached
 
     # ---- shrinking and choosing --------------------------------------------------------------------
@@ -161,9 +201,9 @@ class Rows:
         if not 0 <= columns <= self.columns:
             raise ValueError(f"columns={columns}: must be 0 to {self.columns}")
         kept = self.columns - columns
-        for sequence, gone in zip(self.sequences, self.real[:, kept:].sum(axis=1), strict=True):
-            sequence.rollback(int(gone))
-        self.real = self.real[:, :kept]
+        for sequence, count in zip(self.sequences, self.real[:, :kept].sum(axis=1), strict=True):
+            sequence.rollback(sequence.num_tokens - int(count))
+        self._columns.cut(kept)
         self._name_waiting()
 
     def select(self, rows: SequenceOf[int]) -> None:
@@ -181,25 +221,74 @@ class Rows:
         for row in rows:
             first = left.pop(row, None)
             chosen.append(self.sequences[row].fork(self._label) if first is None else first)
+        self._columns.select(rows)
+        self.sequences = chosen
         for sequence in left.values():
             sequence.close()
-        self.sequences = chosen
-        self.real = self.real[list(rows)]
 
     def reset(self) -> None:
-        """Close every sequence; pages of named tokens stay in the cache."""
-        self._name_waiting()
+        """Close every sequence, settled or not; pages of named tokens stay in the cache."""
+        if self._is_settled:
+            self._name_waiting()
         for sequence in self.sequences:
             sequence.close()
         self.sequences = []
-        self.real = np.ones((0, 0), dtype=np.bool_)
+        self._short, self._unnamed = {}, None
+        self._columns = Columns(0)
+        self._is_settled = True
+
+    # ---- losing tokens, and storing them again -----------------------------------------------------
+
+    def can_compute(self, row: int, start_token: int) -> bool:
+        """Whether all is known that it takes to compute the tokens of `row` from number `start_token` on."""
+        return self._columns.are_known(row, start_token)
+
+    def cut(self, row: int, num_tokens: int) -> None:
+        """Let go of what `row` has stored beyond `num_tokens`; its columns stay, to be stored again."""
+        sequence = self.sequences[row]
+        self._short.setdefault(sequence, sequence.num_named)
+        sequence.rollback(sequence.num_tokens - num_tokens)
+
+    def short_rows(self) -> list[int]:
+        """Rows that were cut and not filled again."""
+        return [row for row, sequence in enumerate(self.sequences) if sequence in self._short]
+
+    def reuse(self, row: int, is_intact: Callable[[Sequence], bool]) -> None:
+        """Take over what is stored of a row that was cut: another row may have stored it again."""
+        sequence = self.sequences[row]
+        named = self._short[sequence]
+        if len(self.sequences) == 1 or not self._reusable or named <= sequence.num_tokens:
+            return
+        ids = self._columns.ids[row][self.real[row]][:named]
+        other = self._open_one(ids)
+        if other.num_tokens <= sequence.num_tokens or not is_intact(other):
+            other.close()
+            return
+        self._short[other] = self._short.pop(sequence)
+        self.sequences[row] = other
+        sequence.close()
+
+    def missing(self, row: int, most_columns: int) -> list[Gap]:
+        """The tokens of a row that was cut, in runs of at most so many."""
+        return self._columns.gaps(row, self.sequences[row].num_tokens, most_columns)
+
+    def stored_again(self, row: int, gap: Gap) -> None:
+        """A step has stored `gap` of a row that was cut: tokens that had names get them."""
+        sequence = self.sequences[row]
+        wanted = min(self._short[sequence], sequence.num_tokens) - sequence.num_named
+        if wanted > 0:  # names have no holes: those of the gap begin where it begins
+            sequence.record(gap.ids[0, :wanted])
+
+    def is_full(self, row: int) -> None:
+        """All tokens of a row that was cut are stored again."""
+        del self._short[self.sequences[row]]
 
     # ---- inside ------------------------------------------------------------------------------------
 
     def _open(self, count: int) -> None:
+        self._columns = Columns(count)
         for _ in range(count):
             self.sequences.append(self._open_one(np.empty(0, dtype=np.int64)))
-        self.real = np.ones((count, 0), dtype=np.bool_)
 
     def _open_one(self, ids: NDArray[np.int64]) -> Sequence:
         return self._manager.open_sequence(ids, salt=self._salt, label=self._label)
