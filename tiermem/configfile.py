@@ -64,7 +64,13 @@ def _read(path: Path) -> bytes:
 
 
 def parse_json(text: str) -> object:
-    """What strict JSON holds; ConfigError for a key that is there twice and for NaN, else ValueError."""
+    """What strict JSON holds; a number like 1e999 is infinite: who uses it checks its range.
+
+    Raises
+    ------
+    ConfigError: a key is there twice, or NaN. ValueError: it is not well formed. RecursionError: it is nested too
+    deeply.
+    """
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
