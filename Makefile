@@ -52,10 +52,12 @@ test: test-native $(BUILT) ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-native: build/native/ready ## the C++ tests of the native core
-	ctest --test-dir build/native --output-on-failure
+	ctest --test-dir build/native --output-on-failure --parallel $(JOBS)
 
-build/native/ready: $(READY) $(CPP)
-	cmake -S native -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo
+# The extension's own core is tested, where it was built here: compiling another one takes a minute.
+build/native/ready: $(BUILT) $(CPP)
+	cmake -S native -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DTIERMEM_CORE="$$(ls -t $$PWD/build/*/native/libtiermem_core.a 2>/dev/null | head -n 1)"
 	cmake --build build/native --parallel $(JOBS)
 	@touch $@
 
