@@ -126,16 +126,21 @@ class Core:
         pins = [(ids[tiers == tier], tier) for tier in Tier]
         for chosen, tier in pins:
             self.table.pin(chosen, tier)
+        damaged = ids[:0]
         try:
             # the last page may still be written by a step that the compute stream has not ended
             self.mover.to_device.wait_event(self.device.compute_stream().record())
             chunks = [self._read_chunk(ids, tiers, layer, i) for i in self._chunks(len(ids))]
             self.device.compute_stream().record().wait()
+        except CorruptPageError as error:
+            damaged = np.array(error.pages, dtype=np.int64)
+            raise
         finally:
             with contextlib.suppress(TransferError):  # what failed was raised where it was used
                 self.mover.to_device.synchronize()
             for chosen, tier in pins:
                 self.table.unpin(chosen, tier)
+            self.mover.quarantine(damaged, Tier.SSD)
         layout = self.layout
         empty = self.ring.view.data.new_empty(
             (0, 2, layout.num_kv_heads, layout.page_tokens, layout.head_dim)

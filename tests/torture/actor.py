@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from world import LAYOUT
 
 from tiermem import OutOfPagesError, Sequence, TierManager, TierMemError
-from torture.content import LAYOUT, PAGE, SALTS, Prompts, chain_words, kv_of, num_wrong_bytes
+from torture.content import PAGE, SALTS, Prompts, chain_words, kv_of, num_wrong_bytes
 from torture.tally import Tally, ViolationError
 
 WEIGHTS = {

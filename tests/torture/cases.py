@@ -11,8 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torture.faults import run_faults
+from torture.flips import run_flips, run_index_flips
 from torture.kills import run_kills
 from torture.process import FAILED, Child
+from torture.soak import run_soak
+from torture.stores import run_stores
 from torture.tally import Finding, Tally
 
 Run = Callable[[int, Path, Tally], None]
@@ -20,6 +24,11 @@ Run = Callable[[int, Path, Tally], None]
 
 KINDS: dict[str, Run] = {
     "kill": run_kills,
+    "fault": run_faults,
+    "flip": run_flips,
+    "index": run_index_flips,
+    "store": run_stores,
+    "soak": run_soak,
 }
 TALLY, TEXT = "tally.json", "error.txt"
 
@@ -39,8 +48,11 @@ class Case:
     where: Path
 
     @classmethod
-    def start(cls, kind: str, seed: int, parent: Path | None = None) -> Case:
-        """Fork it. `parent`: where directories are made."""
+    def start(
+        cls, kind: str, seed: int, parent: Path | None = None, run: Run | None = None
+    ) -> Case:
+        """Fork it. `parent`: where directories are made; `run`: what to do instead of what KINDS says."""
+        chosen = run or KINDS[kind]
         where = Path(tempfile.mkdtemp(prefix=f"torture-{kind}-", dir=parent))
 
         def body(report: int) -> None:
@@ -50,7 +62,7 @@ class Case:
             tally = Tally()
             tally.cases[kind] += 1
             try:
-                KINDS[kind](seed, where / "work", tally)
+                chosen(seed, where / "work", tally)
             finally:
                 (where / TALLY).write_text(json.dumps(tally.to_table()))
 

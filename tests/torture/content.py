@@ -12,11 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from world import LAYOUT
 
-from tiermem import PageLayout
-
-LAYOUT = PageLayout(num_layers=2, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16)
-"""A page is 4,096 bytes: the least a slot can be."""
 PAGE = LAYOUT.page_tokens
 SALTS = (b"", b"one tenant", b"another")
 NUM_PROMPTS = 6

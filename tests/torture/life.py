@@ -8,7 +8,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiermem import CorruptPageError, Sequence, TierManager
+import numpy as np
+
+from tiermem import CorruptPageError, TierManager
 from torture.actor import Actor
 from torture.content import PAGE, SALTS, Prompts
 from torture.oracle import COUNTED, Oracle, Phase
@@ -73,30 +75,14 @@ class Life:
         """Nothing that a flush had returned for is lost, and every byte found is right."""
         figures = self.oracle.figures
         lost = max(0, int(figures["least_pages"]) - actor.manager.stats().published_pages)
-        for number, prompt in enumerate(self.prompts.tokens):
-            for place, salt in enumerate(SALTS):
-                sequence = actor.manager.open_sequence(prompt, salt=salt)
-                intact = self.num_intact(actor, sequence, salt, prompt)
-                sequence.close()
-                lost += max(0, int(figures["covered"][number, place]) - intact)
-                figures["covered"][number, place] = intact if self.setting.is_ample else 0
+        found = np.array(intact_pages(actor))
+        lost += int(np.maximum(0, figures["covered"] - found).sum())
+        figures["covered"][:] = found if self.setting.is_ample else 0
         figures["least_pages"] = 0
         actor.tally.lost_pages += lost
         self.note(actor.tally)
         if lost:
             raise ViolationError(f"{lost} pages are lost that flush() had returned for")
-
-    def num_intact(
-        self, actor: Actor, sequence: Sequence, salt: bytes, prompt: tuple[int, ...]
-    ) -> int:
-        """How many leading pages of what was attached hold the right bytes."""
-        try:
-            actor.compare_tokens(sequence, salt, prompt[: sequence.num_tokens])
-        except CorruptPageError as error:
-            actor.tally.corrupt_found += len(error.pages)
-            sequence.close()
-            return num_matched(actor.manager, prompt, salt)
-        return sequence.num_tokens // PAGE
 
     # ---- work --------------------------------------------------------------------------------------
 
@@ -108,7 +94,7 @@ class Life:
             figures["least_pages"] = 0
             actor.act()
         elif self.setting.is_ample:
-            covered = self.matched(actor)
+            covered = matched_pages(actor)
             self.flush(actor)
             figures["covered"][:] = covered
         else:
@@ -128,7 +114,7 @@ class Life:
         """Close, which is a flush too."""
         figures = self.oracle.figures
         if self.setting.is_ample:
-            covered = self.matched(actor)
+            covered = matched_pages(actor)
             actor.manager.close()
             figures["covered"][:] = covered
         else:
@@ -137,17 +123,37 @@ class Life:
             actor.manager.close()
             figures["least_pages"] = least
 
-    def matched(self, actor: Actor) -> list[list[int]]:
-        """For each prompt and salt, how many leading pages are published now."""
-        return [
-            [num_matched(actor.manager, prompt, salt) for salt in SALTS]
-            for prompt in self.prompts.tokens
-        ]
+
+def matched_pages(actor: Actor) -> list[list[int]]:
+    """For each prompt and salt, how many leading pages are published."""
+    return [
+        [num_matched(actor.manager, prompt, salt) for salt in SALTS]
+        for prompt in actor.prompts.tokens
+    ]
+
+
+def intact_pages(actor: Actor) -> list[list[int]]:
+    """The same, after every byte of them was compared."""
+    return [[num_intact(actor, prompt, salt) for salt in SALTS] for prompt in actor.prompts.tokens]
 
 
 def num_matched(manager: TierManager, prompt: tuple[int, ...], salt: bytes) -> int:
-    """How many leading pages of a prompt are stored."""
+    """How many leading pages of a prompt are published."""
     sequence = manager.open_sequence(prompt, salt=salt)
     found = sequence.num_tokens // PAGE
     sequence.close()
     return found
+
+
+def num_intact(actor: Actor, prompt: tuple[int, ...], salt: bytes) -> int:
+    """The same, after every byte of them was compared; damaged copies that were refused are counted."""
+    for _ in range(len(prompt) // PAGE + 1):  # each time, it ends earlier
+        sequence = actor.manager.open_sequence(prompt, salt=salt)
+        try:
+            actor.compare_tokens(sequence, salt, prompt[: sequence.num_tokens])
+            return sequence.num_tokens // PAGE
+        except CorruptPageError as error:
+            actor.tally.corrupt_found += len(error.pages)
+        finally:
+            sequence.close()
+    raise ViolationError("pages that were found damaged are attached again and again")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 from torture.cases import Case, seed_of
+from torture.soak import run_soak
 from torture.tally import Tally
 
 CASE_LIMIT_S = 300.0
@@ -40,6 +42,7 @@ class Runner:
         waiting = self._cases()
         running: dict[Case, float] = {}
         try:
+            self._start_soak(running)
             while True:
                 now_s = time.monotonic() - start_s
                 over = self._is_over(now_s)
@@ -59,12 +62,27 @@ class Runner:
             return True
         return self.minutes is not None and now_s >= self.minutes * 60
 
-    def _cases(self) -> Iterator[tuple[str, int]]:
-        if self.only is not None:
-            yield self.only
+    def _start_soak(self, running: dict[Case, float]) -> None:
+        """Of a run of some minutes, one case goes on from its start to its end."""
+        if self.minutes is None or "soak" not in self.kinds:
             return
-        for number in count() if self.num_cases is None else range(self.num_cases):
-            for kind in self.kinds:
+        self.jobs += 1
+        seed = self.only[1] if self.only else seed_of(self.seed, "soak", 0)
+        soak = partial(run_soak, seconds=self.minutes * 60)
+        # its limit counts from its end
+        running[Case.start("soak", seed, self.directory, soak)] = (
+            time.monotonic() + self.minutes * 60
+        )
+
+    def _cases(self) -> Iterator[tuple[str, int]]:
+        soaks = self.minutes is not None  # in a case of its own already
+        if self.only is not None:
+            yield from () if soaks and self.only[0] == "soak" else (self.only,)
+            return
+        kinds = [kind for kind in self.kinds if not (soaks and kind == "soak")]
+        numbers = count() if self.num_cases is None else range(self.num_cases)
+        for number in numbers if kinds else ():
+            for kind in kinds:
                 yield kind, seed_of(self.seed, kind, number)
 
     def _collect(self, running: dict[Case, float]) -> None:

@@ -6,10 +6,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from world import LAYOUT, store_bytes
+
 from tiermem import TierConfig, TierManager
-from tiermem.store import INDEX_BYTES, INDEX_BYTES_PER_SLOT
-from tiermem.store_format import TRAILER_BYTES
-from torture.content import LAYOUT
 
 AMPLE = 420
 """Slots on the SSD for everything that the prompts can become, spilled pages included: nothing is evicted."""
@@ -45,8 +44,7 @@ class Setting:
     @property
     def cap_bytes(self) -> int:
         """What the store may take on the disk."""
-        per_slot = LAYOUT.slot_bytes + TRAILER_BYTES + INDEX_BYTES_PER_SLOT
-        return INDEX_BYTES + self.ssd * per_slot
+        return store_bytes(self.ssd)
 
     def config(self, path: Path) -> TierConfig:
         """For a manager over the store at `path`."""

@@ -58,6 +58,7 @@ def table(tally: Tally, seconds: float) -> str:
         ("bytes checked", f"{tally.bytes_checked:,}"),
         ("wrong bytes", f"{tally.wrong_bytes:,}"),
         ("lost pages", f"{tally.lost_pages:,}"),
+        ("not found by damaged indexes", f"{tally.index_lost:,} pages"),
         ("damaged copies found", f"{tally.corrupt_found:,}"),
         ("hangs", f"{tally.hangs:,}"),
         ("calls beyond deadline + 1 s", f"{tally.late:,}"),

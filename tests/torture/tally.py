@@ -41,6 +41,7 @@ class Tally:
     wrong_bytes: int = 0
     lost_pages: int = 0
     corrupt_found: int = 0
+    index_lost: int = 0
     hangs: int = 0
     late: int = 0
     open_s: float = 0.0

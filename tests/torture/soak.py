@@ -1,0 +1,92 @@
+"""Soak: mixed sequences for a long time, with flat memory and bytes on the disk that never exceed the cap."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from torture.actor import Actor
+from torture.content import Prompts
+from torture.setting import Setting
+from torture.tally import Tally, ViolationError
+
+SOAK_S = 6.0
+"""Where nobody says how long."""
+REOPEN_AFTER = 3000
+"""Operations, about, until the manager is closed and another one opened."""
+SAMPLE_S = 0.02
+WARM_SHARE = 0.3
+"""Of the samples, from the start, that are left out: caches of interpreter and allocator fill up first."""
+NUM_BLOCKS = 12
+"""Samples near each other are alike: the line is fitted to means of so many blocks."""
+ERRORS = 4.0
+"""A slope so many standard errors above zero is growth."""
+LEAST_GROWTH_BYTES = 2 << 20
+"""Over the run: less is one arena of the allocator, whatever the fit says."""
+
+
+@dataclass(slots=True)
+class Samples:
+    """Resident bytes after so many operations."""
+
+    operations: list[int] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
+
+    def slope(self) -> tuple[float, float, float]:
+        """Bytes an operation, their standard error, and the growth over all operations, bytes."""
+        start = int(len(self.operations) * WARM_SHARE)
+        blocks = [
+            np.array_split(np.array(values[start:], dtype=np.float64), NUM_BLOCKS)
+            for values in (self.operations, self.resident)
+        ]
+        x, y = (np.array([block.mean() for block in part]) for part in blocks)
+        x_mean = x.mean()
+        spread = ((x - x_mean) ** 2).sum()
+        slope = float(((x - x_mean) * (y - y.mean())).sum() / spread)
+        residuals = y - y.mean() - slope * (x - x_mean)
+        error = float(np.sqrt((residuals**2).sum() / (NUM_BLOCKS - 2) / spread))
+        return slope, error, slope * float(self.operations[-1] - self.operations[start])
+
+
+def run_soak(seed: int, where: Path, tally: Tally, seconds: float = SOAK_S) -> None:
+    """Work for `seconds`; raises ViolationError where memory grows or the disk holds more than the cap."""
+    rng, path = random.Random(seed), where / "store"
+    setting = replace(Setting.made(rng), ssd=rng.randint(40, 120))
+    samples, process = Samples(), psutil.Process()
+    end_s, next_s, reopen_at = time.monotonic() + seconds, 0.0, REOPEN_AFTER
+    actor = Actor(setting.open(path), Prompts.made(rng), rng, tally, strays=True)
+    while time.monotonic() < end_s:
+        actor.act()
+        if tally.operations >= reopen_at:
+            reopen_at += rng.randint(1, 2 * REOPEN_AFTER)
+            actor.close_all()
+            actor.manager.close()
+            note_disk(path, setting, tally)
+            actor.manager = setting.open(path)
+            tally.reopened += 1
+        if time.monotonic() >= next_s:
+            next_s = time.monotonic() + SAMPLE_S
+            note_disk(path, setting, tally)
+            samples.operations.append(tally.operations)
+            samples.resident.append(process.memory_info().rss)
+    actor.manager.close()
+    slope, error, growth = samples.slope()
+    tally.slopes.append((slope, error))
+    if slope > ERRORS * error and growth > LEAST_GROWTH_BYTES:
+        raise ViolationError(
+            f"resident memory grows by {slope:.0f} ± {error:.0f} bytes an operation, {growth:.0f} in all"
+        )
+
+
+def note_disk(path: Path, setting: Setting, tally: Tally) -> None:
+    """Compare what the directory takes on the disk with the cap."""
+    used = sum(file.lstat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+    tally.disk_samples += 1
+    tally.disk_share = max(tally.disk_share, used / setting.cap_bytes)
+    if used > setting.cap_bytes:
+        raise ViolationError(f"{used} bytes on the disk, the cap is {setting.cap_bytes}")
