@@ -30,7 +30,7 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     "arguments",
     [["--help"], ["--version"], ["generate", "--help"], ["stats"], ["stats", "--json"], ["doctor", "-h"],
      ["calibrate", "--help"], ["plan", "--model", "33b", "--context", "32k", "--profile", "t4"],
-     ["plan", "--table"]],
+     ["plan", "--table"], ["ls", "-h"], ["explain", "-h"], ["verify", "-h"]],
 )  # fmt: skip
 def test_what_answers_at_once_imports_nothing_heavy(arguments: list[str]) -> None:
     found = subprocess.run(
@@ -47,7 +47,10 @@ def test_what_answers_at_once_imports_nothing_heavy(arguments: list[str]) -> Non
     assert modules & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", ["generate", "stats", "doctor", "calibrate", "plan"])
+@pytest.mark.parametrize(
+    "command",
+    ["generate", "stats", "doctor", "calibrate", "plan", "ls", "show", "explain", "verify", "du"],
+)
 def test_every_command_has_help_with_examples(cli: Cli, command: str) -> None:
     found = cli(command, "--help")
     assert (found.code, found.err) == (0, "")

@@ -15,7 +15,14 @@ from tiermem import _core
 from tiermem.layout import PageLayout
 from tiermem.pools import NO_SLOT, Ids, Tier
 from tiermem.store import ColdStore
-from tiermem.store_names import KEY_BYTES, NO_ROOT, ChainRoot, GoneReason, PageName
+from tiermem.store_names import (
+    KEY_BYTES,
+    NO_ROOT,
+    ChainRoot,
+    GoneReason,
+    PageName,
+    root_hash,
+)
 
 INDEX_MASK = 2**32 - 1
 """The lower half of a page id: small numbers, used again by later pages."""
@@ -37,11 +44,7 @@ class Prefixes:
         self._table = table
         self._store = store
         self._index = _core.PrefixIndex(layout.page_tokens)
-        self._identity = [
-            layout.fingerprint(), model_id.encode(), shard[0].to_bytes(4, "little"),
-            shard[1].to_bytes(4, "little"),
-        ]  # fmt: skip
-        self._model_id, self._shard = model_id, shard
+        self._layout, self._model_id, self._shard = layout, model_id, shard
         self._clock = 0
         self._last_use = np.zeros(0, dtype=np.int64)  # both by the lower half of a page's id
         self._origin = np.zeros(0, dtype=np.int32)
@@ -58,7 +61,7 @@ class Prefixes:
 
     def root(self, salt: bytes) -> bytes:
         """The parent of every first page under `salt`: never equal for other layouts, models, shards or salts."""
-        return self._index.root_hash([*self._identity, salt])
+        return root_hash(self._layout, self._model_id, self._shard, salt)
 
     def chain_root(self, salt: bytes) -> ChainRoot:
         """That root with what it is made of, as stored pages tell it."""

@@ -6,6 +6,9 @@ import enum
 import hashlib
 from dataclasses import dataclass
 
+from tiermem import _core
+from tiermem.layout import PageLayout
+
 KEY_BYTES = 32
 UNNAMED = bytes(KEY_BYTES)
 """The key of a page that has no name (yet)."""
@@ -69,6 +72,13 @@ class GoneReason(enum.IntEnum):
     """The store was opened with a smaller cap."""
     COLLECTED = 5
     """Somebody asked for it (`tiermem gc`, `tiermem verify --repair`)."""
+
+
+def root_hash(layout: PageLayout, model_id: str, shard: tuple[int, int], salt: bytes) -> bytes:
+    """What stands before the first page of a chain: never equal for other layouts, models, shards or salts."""
+    index, count = (number.to_bytes(4, "little") for number in shard)
+    parts = [layout.fingerprint(), model_id.encode(), index, count, salt]
+    return _core.PrefixIndex.root_hash(parts)
 
 
 def model_fingerprint(model_id: str) -> bytes:

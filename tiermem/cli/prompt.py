@@ -27,8 +27,13 @@ def read_prompt(options: argparse.Namespace) -> str | None:
             "--random-weights: needs --prompt-tokens, since random weights have no tokenizer"
         )
     if options.prompt is not None:
-        return _checked("--prompt", options.prompt)
-    return _checked(f"--prompt-file {options.prompt_file}", _read(options.prompt_file))
+        return checked_prompt("--prompt", options.prompt)
+    return read_prompt_file(options.prompt_file)
+
+
+def read_prompt_file(path: Path) -> str:
+    """The text of a file, or of stdin for "-". Raises ConfigError as `read_prompt`."""
+    return checked_prompt(f"--prompt-file {path}", _read(path))
 
 
 def _read(path: Path) -> str:
@@ -48,7 +53,8 @@ def _read(path: Path) -> str:
         raise ConfigError(f"--prompt-file {path}: not UTF-8 text: {error}") from error
 
 
-def _checked(name: str, text: str) -> str:
+def checked_prompt(name: str, text: str) -> str:
+    """`text`, if it is a prompt; `name` is for errors. Raises ConfigError as `read_prompt`."""
     if not text:
         raise ConfigError(f"{name}: the prompt is empty; it must have at least one character")
     try:

@@ -1,0 +1,190 @@
+"""Verify run: `tiermem verify` from options to verdict."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+from tiermem.cli.human import rate_text, size_text, time_text
+from tiermem.cli.notes import Progress
+from tiermem.cli.screen import terminal_width
+from tiermem.cli.store.words import count_of, key_text, places_text
+from tiermem.cli.table import Align, Table
+from tiermem.errors import CorruptPageError
+from tiermem.slot_scan import Part
+from tiermem.store_check import CheckResult, PageReport, Verdict, check_pages
+from tiermem.store_content import StoreContent
+from tiermem.store_reader import StoreReader
+
+SHOWN = 20
+VERDICT_TEXTS = {
+    Verdict.PAYLOAD: "its bytes are not those that were written",
+    Verdict.TRAILER: "its trailer is not the one that was written",
+    Verdict.MISMATCH: "its trailer contradicts the index",
+    Verdict.UNREADABLE: "cannot be read",
+    Verdict.BEYOND: "the slot file ends before it",
+    Verdict.OUTDATED: "its slot was used again; the entry is outdated",
+    Verdict.CHANGED: "changed meanwhile by the process that has the store in use",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was found. index_error: what is wrong with the index's file; empty where nothing is.
+
+    content, checked: None where the index could not be read. num_cut: pages that nobody can find, because one
+    before them is not stored. num_set_aside: pages that --repair took out; None without it.
+    """
+
+    index_error: str
+    content: StoreContent | None
+    checked: CheckResult | None
+    num_cut: int = 0
+    num_set_aside: int | None = None
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing is damaged."""
+        return not (
+            self.index_error
+            or (self.content is not None and self.content.strays)
+            or (self.checked is not None and self.checked.damaged)
+        )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command; returns the exit code."""
+    part = Part.TRAILER if options.quick else Part.WHOLE
+    with StoreReader(options.store) as reader:
+        outcome = _check(reader, part)
+        if options.json:
+            print(json.dumps(to_json(reader, outcome, part), indent=2))
+        else:
+            print("\n".join(lines_of(reader, outcome, part, terminal_width(sys.stdout))))
+    return 0 if outcome.is_well else 1
+
+
+def _check(reader: StoreReader, part: Part) -> Outcome:
+    index_error = ""
+    try:
+        reader.check_index()
+    except CorruptPageError as error:
+        index_error = str(error)
+    try:
+        content = reader.content()
+    except CorruptPageError as error:
+        return Outcome(index_error or str(error), None, None)
+    try:
+        checked = check_pages(reader, content, content.rows(), part, _progress)
+    finally:
+        Progress.clear()
+    return Outcome(index_error, content, checked, int(content.forest().is_cut.sum()))
+
+
+def _progress(done: int, total: int, seconds: float) -> None:
+    rate = rate_text(done / max(seconds, 1e-9) / 1e9)
+    Progress.show(f"verify: {size_text(done)} of {size_text(total)}, {rate}")
+
+
+def to_json(reader: StoreReader, outcome: Outcome, part: Part) -> dict[str, object]:
+    """One document."""
+    checked, content = outcome.checked, outcome.content
+    reports = checked.reports if checked else ()
+    return {
+        "store": str(reader.path),
+        "is_well": outcome.is_well,
+        "in_use": reader.owner_pid() is not None,
+        "quick": part is Part.TRAILER,
+        "index_error": outcome.index_error or None,
+        "damaged_records": len(content.strays) if content else None,
+        "unreachable_pages": outcome.num_cut,
+        "pages": checked.num_pages if checked else None,
+        "damaged_pages": len(checked.damaged) if checked else None,
+        "set_aside": outcome.num_set_aside,
+        "bytes": checked.num_bytes if checked else 0,
+        "elapsed_s": checked.elapsed_s if checked else 0.0,
+        "findings": [_report_json(report) for report in reports],
+    }
+
+
+def lines_of(reader: StoreReader, outcome: Outcome, part: Part, width: int | None) -> list[str]:
+    """The same as text."""
+    lines = [*_index_lines(outcome)]
+    checked = outcome.checked
+    if checked is not None:
+        lines += [_pages_line(checked, part), *_findings(checked.reports, width)]
+    if outcome.num_cut:
+        lines.append(
+            f"{count_of(outcome.num_cut, 'page')} cannot be found: a page before is not stored"
+        )
+    if outcome.is_well:
+        return [*lines, f"{reader.path}: all is well"]
+    what = f"{reader.path}: damaged"
+    if outcome.num_set_aside is not None:
+        what += f"; {count_of(outcome.num_set_aside, 'page')} set aside"
+    elif checked is not None and outcome.index_error == "":
+        what += "; no damaged page is ever served"
+    return [*lines, what]
+
+
+def _index_lines(outcome: Outcome) -> list[str]:
+    if outcome.index_error:
+        return [
+            f"index: damaged: {outcome.index_error}",
+            "the next process that opens the store sets the index aside and makes a new one from the trailers",
+        ]
+    if outcome.content is not None and outcome.content.strays:
+        return [f"index: {count_of(len(outcome.content.strays), 'record')} damaged and left out"]
+    return ["index: in order"]
+
+
+def _pages_line(checked: CheckResult, part: Part) -> str:
+    what = "trailers of pages" if part is Part.TRAILER else "pages"
+    rate = rate_text(checked.num_bytes / max(checked.elapsed_s, 1e-9) / 1e9)
+    intact = checked.num_pages - len(checked.reports)
+    return (
+        f"{what}: {intact} of {checked.num_pages} intact; {size_text(checked.num_bytes)} read in "
+        f"{time_text(checked.elapsed_s)}, {rate}"
+    )
+
+
+def _findings(reports: tuple[PageReport, ...], width: int | None) -> list[str]:
+    if not reports:
+        return []
+    counts = Counter(report.verdict for report in reports)
+    lines = [f"  {count_of(counts[v], 'page')}: {VERDICT_TEXTS[v]}" for v in Verdict if counts[v]]
+    told = [report for report in reports if report.verdict.is_damage]
+    if not told:
+        return lines
+    rows = tuple(
+        (key_text(report.key), str(report.position), str(report.slot), report_text(report))
+        for report in told[:SHOWN]
+    )
+    aligns = (Align.LEFT, Align.RIGHT, Align.RIGHT, Align.LEFT)
+    lines += Table(("page", "position", "slot", "what"), rows, aligns).lines(width)
+    if len(told) > SHOWN:
+        lines.append(f"{SHOWN} of {len(told)} damaged pages shown; --json has all")
+    return lines
+
+
+def report_text(report: PageReport) -> str:
+    """What was found, in words."""
+    text = VERDICT_TEXTS[report.verdict]
+    if report.layers:
+        text += f" (layer {places_text(report.layers)})"
+    return f"{text}: {report.error}" if report.error else text
+
+
+def _report_json(report: PageReport) -> dict[str, object]:
+    return {
+        "key": report.key.hex(),
+        "slot": report.slot,
+        "position": report.position,
+        "verdict": report.verdict.name.lower(),
+        "is_damage": report.verdict.is_damage,
+        "layers": list(report.layers),
+        "error": report.error or None,
+    }

@@ -1,0 +1,198 @@
+"""StoreReader: looks into a store without owning it: reads, and never makes, changes or locks anything.
+
+The store may be closed, or in use by a process that writes to it meanwhile. What the index says is one state of
+it; which page a slot holds is told by its trailer alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from tiermem import _core
+from tiermem.errors import ConfigError, CorruptPageError
+from tiermem.index_image import image_of
+from tiermem.index_pages import IndexPages
+from tiermem.layout import PageLayout
+from tiermem.private_files import PrivateDirectory
+from tiermem.store_content import StoreContent
+from tiermem.store_files import INDEX_FILE
+from tiermem.store_format import MAX_HEADER_BYTES, TRAILER_BYTES, header_layout
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_DIRECTORY = _READ | os.O_DIRECTORY
+LOCKS = Path("/proc/locks")
+MAX_LOCKS_BYTES = 1 << 24
+QUIET_S = 3.0
+"""How long to try for a state of the index that did not change while it was read."""
+MIN_TRIES = 2
+PAUSE_S = 0.02
+"""Of a store that nobody seems to have in use, damage is believed after so many more looks."""
+
+Result = TypeVar("Result")
+
+
+class StoreReader:
+    """The store in the directory `path`.
+
+    layout: of every page in it. slot_stride: bytes of one slot with its trailer. num_slots: whole slots in
+    the slot file when the reader was made.
+
+    Raises
+    ------
+    ConfigError: there is no directory, it is a symbolic link or another user's, no store is in it, or one of
+        another format version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._directory = _open(path)
+        try:
+            self.layout = self._read_layout()
+            self.slot_stride = self.layout.slot_bytes + TRAILER_BYTES
+            self.slots = self._open_slots()
+        except BaseException:
+            self._directory.close()
+            raise
+        self.num_slots = self.slots.size_bytes // self.slot_stride
+
+    def __enter__(self) -> StoreReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the store; a second call does nothing."""
+        self.slots.close()
+        self._directory.close()
+
+    @property
+    def directory(self) -> PrivateDirectory:
+        """The directory, open."""
+        return self._directory
+
+    # ---- the index ---------------------------------------------------------------------------------
+
+    def content(self) -> StoreContent:
+        """What the index says now.
+
+        Raises
+        ------
+        CorruptPageError: the index is damaged, or missing; or it never stayed as it was for long enough.
+        """
+        return self._from_index(
+            lambda pages: StoreContent.of(image_of(pages.records(pages.meta())))
+        )
+
+    def check_index(self) -> None:
+        """Raise CorruptPageError unless each page of the index's file is what it should be, and used once."""
+        self._from_index(lambda pages: pages.check(pages.meta()))
+
+    def _from_index(self, read: Callable[[IndexPages], Result]) -> Result:
+        """What `read` makes of a state of the index that was not written over meanwhile."""
+        descriptor = self._open_index()
+        pages = IndexPages(descriptor, str(self.path / "index" / INDEX_FILE))
+        end_s = time.monotonic() + QUIET_S
+        num_tries = 0
+        try:
+            while True:
+                try:
+                    before = pages.meta().transaction
+                    result = read(pages)
+                    # one later transaction leaves the pages of this state alone
+                    if pages.meta().transaction <= before + 1:
+                        return result
+                except CorruptPageError:
+                    num_tries += 1
+                    is_over = time.monotonic() > end_s
+                    if is_over or (num_tries > MIN_TRIES and self.owner_pid() is None):
+                        raise
+                    time.sleep(PAUSE_S)
+                if time.monotonic() > end_s:
+                    raise CorruptPageError(
+                        f"{self.path}: its index changed all the time while it was read, for {QUIET_S:g} s; "
+                        f"try again when the process that has it in use writes less"
+                    )
+        finally:
+            os.close(descriptor)
+
+    def _open_index(self) -> int:
+        where = self.path / "index"
+        try:
+            inner = os.open("index", _DIRECTORY, dir_fd=self._directory.descriptor)
+            try:
+                return _open_file(INDEX_FILE, inner, where / INDEX_FILE)
+            finally:
+                os.close(inner)
+        except (OSError, ConfigError) as error:
+            raise CorruptPageError(f"{where}: the index cannot be read: {error}") from error
+
+    # ---- who has it ----------------------------------------------------------------------------------
+
+    def owner_pid(self) -> int | None:
+        """The process that has the store open; None where there is none, or the system does not tell."""
+        try:
+            info = os.stat("lock", dir_fd=self._directory.descriptor, follow_symlinks=False)
+            with LOCKS.open("rb") as file:
+                lines = file.read(MAX_LOCKS_BYTES).decode("ascii", "replace").splitlines()
+        except OSError:
+            return None
+        place = f"{os.major(info.st_dev):02x}:{os.minor(info.st_dev):02x}:{info.st_ino}"
+        for line in lines:
+            words = line.split()
+            if len(words) > 5 and words[1] == "FLOCK" and words[5] == place and words[4].isdigit():
+                return int(words[4])
+        return None
+
+    # ---- inside ------------------------------------------------------------------------------------
+
+    def _read_layout(self) -> PageLayout:
+        place = self._directory.descriptor
+        try:
+            header = _open_file("header.json", place, self.path / "header.json")
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{self.path}: no tiermem store: there is no header.json in it; give the directory that was "
+                f"ssd_path or --ssd-path"
+            ) from None
+        with os.fdopen(header, "rb") as file:
+            return header_layout(str(self.path), file.read(MAX_HEADER_BYTES))
+
+    def _open_slots(self) -> _core.BlockFile:
+        os.close(_open_file("slots", self._directory.descriptor, self.path / "slots"))
+        return _core.BlockFile(self._directory.reach("slots"), 0, _core.OpenMode.READ_ONLY)
+
+
+def _open(path: Path) -> PrivateDirectory:
+    try:
+        return PrivateDirectory.open(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such directory") from None
+    except PermissionError as error:
+        raise ConfigError(f"{path}: {error.strerror}: run this as the user who owns it") from None
+
+
+def _open_file(name: str, place: int, path: Path) -> int:
+    """A descriptor of the regular file `name` in the directory `place`; ConfigError if it is anything else."""
+    try:
+        descriptor = os.open(name, _READ, dir_fd=place)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ConfigError(f"{path}: is a symbolic link, which is not followed") from None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise ConfigError(f"{path}: must be a regular file")
