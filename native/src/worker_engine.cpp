@@ -68,12 +68,14 @@ void WorkerEngine::start(std::function<void(WorkShare&)> work) {
 }
 
 void WorkerEngine::stop_workers(bool hanging) noexcept {
+  std::vector<std::thread> workers;
   {
     const std::lock_guard lock(share_->mutex);
     share_->must_exit = true;
     share_->wake_workers();
+    workers.swap(workers_);
   }
-  for (std::thread& worker : workers_) {
+  for (std::thread& worker : workers) {
     if (hanging) {
       worker.detach();
     } else {
@@ -117,12 +119,18 @@ void WorkerEngine::forget(Ticket ticket) {
 
 bool WorkerEngine::close(double timeout_s) {
   const Deadline deadline(timeout_s);
-  std::unique_lock lock(share_->mutex);
-  share_->is_closed = true;
-  const auto is_idle = [this] { return share_->is_idle(); };
-  if (share_->ticket_is_done.wait_until(lock, deadline.end(), is_idle)) return true;
-  share_->cancel_queue();
-  return is_idle();
+  {
+    std::unique_lock lock(share_->mutex);
+    share_->is_closed = true;
+    const auto is_idle = [this] { return share_->is_idle(); };
+    if (!share_->ticket_is_done.wait_until(lock, deadline.end(), is_idle)) {
+      share_->cancel_queue();
+      if (!is_idle()) return false;
+    }
+  }
+  // Not left to the destructor: a garbage collector may call that late, or in a forked child.
+  stop_workers(false);
+  return true;
 }
 
 IoCounters WorkerEngine::counters() const noexcept {

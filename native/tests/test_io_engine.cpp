@@ -4,6 +4,8 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <filesystem>
+#include <iterator>
 #include <thread>
 
 #include "check.h"
@@ -332,6 +334,22 @@ void test_a_ring_that_broke_down_is_told() {
   engine.reset();  // returns at once
 }
 
+std::ptrdiff_t num_threads_here() {
+  using Entries = std::filesystem::directory_iterator;
+  return std::distance(Entries("/proc/self/task"), Entries());
+}
+
+// A garbage collector may destroy the engine much later, or in a forked child without its threads.
+void test_closing_ends_the_threads(EngineKind kind) {
+  const std::ptrdiff_t before = num_threads_here();
+  const auto engine = make_engine(kind);
+  if (!engine) return;
+  CHECK(num_threads_here() > before);
+  CHECK(engine->close(kWaitS));
+  CHECK(num_threads_here() == before);
+  CHECK(engine->close(kWaitS));
+}
+
 void test_options_out_of_range() {
   for (const std::int64_t bad : {-1, 0, 5000}) {
     tiermem::IoEngineOptions options;
@@ -364,6 +382,7 @@ int main() {
     test_a_refused_direct_transfer_goes_through_the_page_cache(kind);
     test_a_file_closed_early_stays_open_for_its_operations(kind);
     test_other_threads_may_look(kind);
+    test_closing_ends_the_threads(kind);
   }
   test_a_hanging_read_is_waited_for_and_given_up();
   test_operations_outlive_the_thread_that_submitted_them();

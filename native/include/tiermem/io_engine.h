@@ -149,7 +149,7 @@ class IoEngine {
   // REQUIRES: no operation in flight from or to it.
   virtual void unregister_memory(std::int64_t address, std::int64_t bytes) = 0;
 
-  // Refuses new batches and waits until nothing is in flight: true. When timeout_s is over first,
+  // Refuses new batches, waits until nothing is in flight, and ends the worker threads: true. When timeout_s is over first,
   // operations that have not started are cancelled (ECANCELED), and if one is still in flight then:
   // false. The caller must then keep that memory for the life of the process.
   // Results can still be asked for. May be called again.
