@@ -87,6 +87,37 @@ def test_a_call_that_raises_stores_nothing(
     assert torch.equal(generate(model, cache, ids), expected)
 
 
+@torch.no_grad()
+def test_hooks_of_the_model_itself_come_before_and_after_its_call(
+    model: PreTrainedModel, cache: TieredCache
+) -> None:
+    ids = random_ids(1, 50, 1)
+    fail_once(model, RuntimeError)
+    with pytest.raises(RuntimeError):
+        model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+    def after(*_: object) -> None:
+        handle.remove()
+        raise RuntimeError("on purpose")
+
+    handle = model.register_forward_hook(after)
+    with pytest.raises(RuntimeError):
+        model(ids[:, :30], past_key_values=cache)
+    assert cache.get_seq_length() == 30
+    assert torch.equal(generate(model, cache, ids), reference(model, ids, **GREEDY))
+
+
+@torch.no_grad()
+def test_a_forward_that_is_called_by_itself_counts_too(
+    model: PreTrainedModel, cache: TieredCache
+) -> None:
+    ids = random_ids(1, 50, 1)
+    model.forward(ids[:, :30], past_key_values=cache)
+    assert cache.get_seq_length() == 30
+    assert torch.equal(generate(model, cache, ids), reference(model, ids, **GREEDY))
+
+
 def test_a_close_after_an_interruption(model: PreTrainedModel, tmp_path: Path) -> None:
     cache = TieredCache(model, tiers(model, 4, 6, tmp_path), page_tokens=PAGE_TOKENS)
     fail_once(model.lm_head, Interruption)
@@ -106,6 +137,22 @@ def test_without_room_the_call_raises_and_the_cache_stays_usable(model: PreTrain
         assert torch.equal(
             generate(model, cache, ids[:, :50]), reference(model, ids[:, :50], **GREEDY)
         )
+
+
+def test_rows_that_found_no_room_go_on_when_there_is_some(model: PreTrainedModel) -> None:
+    ids, mask = left_padded([random_ids(1, n, n)[0] for n in (45, 30)])
+    options = {"do_sample": False, "attention_mask": mask}
+    expected = reference(model, ids, max_new_tokens=30, **options)
+    with TieredCache(model, tiers(model, 9, 0), page_tokens=PAGE_TOKENS) as cache:
+        with pytest.raises(OutOfPagesError):
+            model.generate(ids, past_key_values=cache, max_new_tokens=60, **options)
+        stored = cache.get_seq_length()
+        assert 45 < stored < 105
+        assert [row.tokens for row in cache.stats().sequences] == [stored, stored - 15]
+        cache.crop(44 - stored)
+        out = model.generate(ids, past_key_values=cache, max_new_tokens=30, **options)
+        assert torch.equal(out, expected)
+        cache.manager.check()
 
 
 @pytest.mark.parametrize(

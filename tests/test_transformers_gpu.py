@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from damage import damage_ssd, pages_only_in
 from tiny_models import (
     FAMILIES,
     PAGE_TOKENS,
@@ -18,6 +20,7 @@ from tiny_models import (
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tiermem.integrations.transformers import PromptLookup, TieredCache
+from tiermem.pools import Tier
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 TIE = 1e-3
@@ -107,6 +110,40 @@ def test_replayed_tokens_are_those_of_the_model(family: str) -> None:
         assert torch.equal(again, expected)
         assert cache._calls.decode.num_graphs == 1
         cache.manager.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gpu_pages", [6, 80])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damaged_pages_are_computed_again(family: str, gpu_pages: int, tmp_path: Path) -> None:
+    """Found when slices are streamed, and at promotion, after which graphs are replayed as ever."""
+    model = tiny_model(family, 37).cuda()
+    ids, mask = (part.cuda() for part in left_padded([random_ids(1, n, n)[0] for n in (230, 130)]))
+    arguments = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 40}
+    expected = reference(model, ids, **arguments)
+    config = tiers(model, gpu_pages, 4, tmp_path)
+    with TieredCache(model, config, page_tokens=PAGE_TOKENS) as cache:
+        assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
+    with TieredCache(model, config, page_tokens=PAGE_TOKENS) as cache:
+        attached = cache.attach(ids, mask)
+        assert attached > 200
+        for row, number in ((0, 3), (1, 5)):
+            assert damage_ssd(cache, np.array([number]), 100, row)
+        assert torch.equal(model.generate(ids, past_key_values=cache, **arguments), expected)
+        again = cache.stats().computed_again_tokens
+        assert again >= attached - 48 + 130 - (230 - attached) - 80
+        assert cache._calls.decode.num_graphs == (1 if gpu_pages == 80 else 0)
+        cache.manager.check()
+        cache.crop(-30)
+        if gpu_pages == 6:
+            assert damage_ssd(cache, pages_only_in(cache, Tier.SSD)[:2])
+        grown = torch.cat([mask, mask.new_ones(2, 10)], dim=1)
+        out = model.generate(
+            expected[:, :-30], attention_mask=grown, past_key_values=cache, do_sample=False,
+            max_new_tokens=30,
+        )  # fmt: skip
+        assert torch.equal(out, expected)
+        assert (cache.stats().computed_again_tokens > again) == (gpu_pages == 6)
 
 
 @pytest.mark.gpu

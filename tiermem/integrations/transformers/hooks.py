@@ -46,7 +46,8 @@ class Hooks:
     """A forward in the place of a model's own that lets a listener carry out its calls, until `remove`.
 
     It does not keep the listener alive. `original` is the model's own forward. Hooks of the model, whoever
-    registered them, run around it, once a call.
+    registered them, run around it, once a call. torch's compiler stays out of it: a model that is compiled as a
+    whole is computed as it is, parts that are compiled stay so.
     """
 
     def __init__(self, model: PreTrainedModel, listener: Listener) -> None:
@@ -86,6 +87,7 @@ class Hooks:
         rest_name = _name_of_rest(signature)
         before = model.__dict__.get("forward")
 
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             listener = ear.listener()
