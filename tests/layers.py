@@ -63,7 +63,14 @@ LAYERS = {
         "tiermem.store_usage",
     ],
     "prefix": ["tiermem.prefix"],
-    "transfer": ["tiermem.transfer", "tiermem.inflight", "tiermem.meter"],
+    "transfer": [
+        "tiermem.inflight",
+        "tiermem.lanes",
+        "tiermem.meter",
+        "tiermem.page_sums",
+        "tiermem.quarantine",
+        "tiermem.transfer",
+    ],
     "step": [
         "tiermem.chunks",
         "tiermem.core",

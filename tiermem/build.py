@@ -18,7 +18,7 @@ from tiermem.attention.host import HostBackend
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, ProductMath
 from tiermem.attention.queued import QueuedAttention
 from tiermem.calibration import Calibration
-from tiermem.config import AttentionMath, TierConfig
+from tiermem.config import AttentionMath, TierConfig, VerifyRam
 from tiermem.core import Core
 from tiermem.device.protocol import Device, DeviceKind, Memory, Progress
 from tiermem.disk_budget import DiskLimits
@@ -29,6 +29,7 @@ from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.lease import Leases
 from tiermem.limits import share_at_start, split_rates
+from tiermem.page_sums import PageSums
 from tiermem.pools import SlotPool, Tier
 from tiermem.prefix import Prefixes
 from tiermem.ram_attention import (
@@ -51,6 +52,8 @@ log = logging.getLogger("tiermem")
 MATH = {AttentionMath.AUTO: ProductMath.STORED, AttentionMath.FLOAT32: ProductMath.FLOAT32}
 KEEP_WITHIN = 0.2
 """A store whose size was not given in bytes keeps the one it has, if that is as near to what it would get now."""
+ATTENDED_A_LAYER = {VerifyRam.SAMPLE: 1, VerifyRam.ALWAYS: None}
+"""Pages that are attended in RAM and compared with their checksums; None: all."""
 SHRINK = 0.9
 """A pool whose size was not given in bytes is tried again at this share of it when memory is refused."""
 
@@ -92,8 +95,9 @@ def build_core(
         table = _core.PageTable(*slots.values())
         prefixes = Prefixes(layout, model_id, shard, table, store)
         in_flight = InFlight()
+        sums = PageSums(device, layout, table, pools, ATTENDED_A_LAYER[config.verify_ram])
         mover = Mover(
-            device, layout, table, in_flight, pools, store, prefixes, config.staging_pages
+            device, layout, table, in_flight, pools, store, prefixes, config.staging_pages, sums
         )
         undo.callback(mover.free)
         chunk_pages = ring_bytes // layout.layer_bytes // NUM_HALVES

@@ -24,7 +24,14 @@ from tiermem.legacy import LEGACY_KEYS, translate
 from tiermem.profiles import find_profile, hardware_profiles, profile_for_device
 from tiermem.units import Size, SizeKind, SizeLike, format_bytes
 
-__all__ = ["AttentionMath", "DecodeGraphs", "IoEngine", "TierConfig", "profile_for_device"]
+__all__ = [
+    "AttentionMath",
+    "DecodeGraphs",
+    "IoEngine",
+    "TierConfig",
+    "VerifyRam",
+    "profile_for_device",
+]
 
 AUTO_GPU_FRACTION = 0.8
 AUTO_RAM_FRACTION = 0.25
@@ -64,6 +71,18 @@ class DecodeGraphs(Enum):
     OFF = "off"
 
 
+class VerifyRam(Enum):
+    """What is compared with its checksum of pages that the CPU attends in RAM.
+
+    SAMPLE: one page in every layer of every step, in rotation, so that a damaged page may be used some times
+    before it is found. ALWAYS: every page before its result is used, which reads what is attended a second time,
+    by one thread. Pages that leave RAM or the SSD are always compared, whatever this says.
+    """
+
+    SAMPLE = "sample"
+    ALWAYS = "always"
+
+
 @dataclass(frozen=True, slots=True, init=False)
 class TierConfig:
     """Sizes and behaviour of the tiers; read-only.
@@ -94,6 +113,7 @@ class TierConfig:
         are streamed to the device; None for all on the CPU device, and beside a GPU for what ends both at once by
         the rates that `tiermem calibrate` measured, 0 without them.
     decode_graphs: a DecodeGraphs or its text; for `CapturedDecode` and the Hugging Face integration.
+    verify_ram: a VerifyRam or its text; for pages that the CPU attends in RAM.
 
     Raises
     ------
@@ -120,6 +140,7 @@ class TierConfig:
     cpu_threads: int | None
     cpu_share: float | None
     decode_graphs: DecodeGraphs
+    verify_ram: VerifyRam
 
     def __init__(
         self,
@@ -144,6 +165,7 @@ class TierConfig:
         cpu_threads: int | None = None,
         cpu_share: float | None = None,
         decode_graphs: DecodeGraphs | str = DecodeGraphs.AUTO,
+        verify_ram: VerifyRam | str = VerifyRam.SAMPLE,
     ) -> None:
         path = None if ssd_path is None else check_path("ssd_path", ssd_path)
         values: dict[str, object] = {
@@ -169,6 +191,7 @@ class TierConfig:
             else check_int("cpu_threads", cpu_threads, 1, 4096),
             "cpu_share": None if cpu_share is None else check_number("cpu_share", cpu_share, 0, 1),
             "decode_graphs": check_enum("decode_graphs", decode_graphs, DecodeGraphs),
+            "verify_ram": check_enum("verify_ram", verify_ram, VerifyRam),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)

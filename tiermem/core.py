@@ -11,11 +11,12 @@ import torch
 from tiermem import _core
 from tiermem.attention.backend import AttentionBackend
 from tiermem.attention.pool_view import PoolView
-from tiermem.device.protocol import Device
+from tiermem.device.protocol import Device, Event, Slices
 from tiermem.errors import CorruptPageError, TransferError
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.lease import Leases
+from tiermem.page_sums import Check, SumWork
 from tiermem.pools import FILLING, NO_SLOT, VALID, Ids, SlotPool, Slots, Tier
 from tiermem.prefix import Prefixes
 from tiermem.ram_attention import RamAttention
@@ -52,7 +53,10 @@ class Core:
         """
         tiers = np.full(len(ids), NO_SLOT, dtype=np.int64)
         for tier in reversed(Tier):
-            tiers[self.table.states(ids, tier) == VALID] = tier
+            usable = self.table.states(ids, tier) == VALID
+            if self.mover.quarantine.is_waiting:
+                usable &= ~self.mover.quarantine.holds(ids, tier)
+            tiers[usable] = tier
         if (tiers == NO_SLOT).any():
             lost = tuple(int(page) for page in ids[tiers == NO_SLOT])
             raise CorruptPageError(
@@ -67,6 +71,23 @@ class Core:
         """Pages of one chain, in its order, are used now: parents stay hotter than their children."""
         self.table.touch(ids[::-1].copy())
         self.prefixes.note_use(ids)
+
+    def seal(self, ids: Ids) -> Slices | None:
+        """Seal pages; the compute stream sums those in the hot tier, where it has written them.
+
+        What is returned must be kept, and the copies pinned, until the stream has come so far.
+        """
+        self.table.seal(ids)
+        return self.mover.sums.begin(ids[self.table.states(ids, Tier.GPU) == VALID])
+
+    def seal_between_steps(self, ids: Ids, written: Event | None) -> None:
+        """Seal hot pages that no step is writing, behind the step that has written them last."""
+        compute = self.device.compute_stream()
+        if written is not None:
+            compute.wait_event(written)
+        slices = self.seal(ids)
+        if slices is not None:
+            self.in_flight.add(SumWork(self.table, ids, slices, compute.record()))
 
     def settle_filling(self, ids: Ids, tier: Tier) -> None:
         """Wait until no copy of `ids` in `tier` is on its way."""
@@ -126,21 +147,23 @@ class Core:
         pins = [(ids[tiers == tier], tier) for tier in Tier]
         for chosen, tier in pins:
             self.table.pin(chosen, tier)
-        damaged = ids[:0]
+        compute, checks = self.device.compute_stream(), list[Check]()
         try:
             # the last page may still be written by a step that the compute stream has not ended
-            self.mover.to_device.wait_event(self.device.compute_stream().record())
-            chunks = [self._read_chunk(ids, tiers, layer, i) for i in self._chunks(len(ids))]
-            self.device.compute_stream().record().wait()
-        except CorruptPageError as error:
-            damaged = np.array(error.pages, dtype=np.int64)
-            raise
+            self.mover.to_device.wait_event(compute.record())
+            chunks = [
+                self._read_chunk(ids, tiers, layer, i, checks) for i in self._chunks(len(ids))
+            ]
+            compute.record().wait()
+            if damages := [damage for check in checks for damage in check.damages()]:
+                raise self.mover.quarantine.report(damages)
         finally:
             with contextlib.suppress(TransferError):  # what failed was raised where it was used
                 self.mover.to_device.synchronize()
+                compute.record().wait()
             for chosen, tier in pins:
                 self.table.unpin(chosen, tier)
-            self.mover.quarantine(damaged, Tier.SSD)
+            self.mover.quarantine.drop_found()
         layout = self.layout
         empty = self.ring.view.data.new_empty(
             (0, 2, layout.num_kv_heads, layout.page_tokens, layout.head_dim)
@@ -152,10 +175,12 @@ class Core:
     def _chunks(self, num_pages: int) -> range:
         return range(0, num_pages, self.ring.chunk_pages)
 
-    def _read_chunk(self, ids: Ids, tiers: Slots, layer: int, start: int) -> torch.Tensor:
+    def _read_chunk(
+        self, ids: Ids, tiers: Slots, layer: int, start: int, checks: list[Check]
+    ) -> torch.Tensor:
         end = start + self.ring.chunk_pages
         half = start // self.ring.chunk_pages % NUM_HALVES
-        self.ring.load(half, layer, ids[start:end], tiers[start:end])
+        checks.append(self.ring.load(half, layer, ids[start:end], tiers[start:end]))
         chunk = self.ring.read_tensor(half, len(ids[start:end])).clone()
         self.ring.end_use(half)
         return chunk

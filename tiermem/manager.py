@@ -242,9 +242,9 @@ class TierManager:
             prompt_tokens=counts["prompt_tokens"],
             attached_tokens=counts["attached_tokens"],
             failed_transfers=core.in_flight.num_failed,
-            corrupt_pages=self._store.num_corrupt if self._store else 0,
+            corrupt_pages=sum(core.mover.quarantine.num_corrupt.values()),
             staging_device_bytes=core.ring.device_bytes + self._device.staging_bytes,
-            staging_host_bytes=core.ring.host_bytes + core.mover.staging_bytes,
+            staging_host_bytes=core.ring.host_bytes + core.mover.staging_bytes + core.mover.sums.num_bytes,
             device_used_bytes=info.total_bytes - info.free_bytes,
             device_total_bytes=info.total_bytes,
             rss_bytes=psutil.Process().memory_info().rss,
@@ -394,6 +394,7 @@ class TierManager:
             reads=self._reads[tier],
             evictions=core.room.evictions[tier],
             demotions=core.room.demotions[tier],
+            corrupt=core.mover.quarantine.num_corrupt[tier],
         )
 
     def _free(self) -> None:

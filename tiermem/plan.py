@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tiermem.core import Core
+from tiermem.device.protocol import Slices
 from tiermem.lease import Lease
+from tiermem.page_sums import Check
 from tiermem.pools import FILLING, Ids, Slots, Tier
 from tiermem.sequence import Sequence
 from tiermem.transfer import Transfer
@@ -70,7 +72,8 @@ class Share:
 class Plan:
     """Shares of a step and what it holds: pins until the step was reaped, created pages until it failed.
 
-    `is_resident` says that every page is hot, old and written.
+    `checks` are of bytes that were copied for it, beside the chunks'; `born` of pages it sealed, kept until the
+    device has summed them. `is_resident` says that every page is hot, old and written.
     """
 
     shares: list[Share] = field(default_factory=list)
@@ -79,6 +82,8 @@ class Plan:
     promotions: list[Transfer] = field(default_factory=list)
     reads: dict[Tier, int] = field(default_factory=dict)
     leases: list[Lease] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    born: Slices | None = None
     is_resident: bool = False
 
     @property

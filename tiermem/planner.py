@@ -35,6 +35,7 @@ def make_plan(core: Core, sequences: list[Sequence], new_tokens: list[int]) -> P
     except BaseException:
         with contextlib.suppress(TransferError):
             core.mover.to_device.synchronize()  # nothing may still be written into the new pages
+            core.device.compute_stream().record().wait()  # or compared
         plan.release_pins(core)
         plan.discard_created(core)
         raise
@@ -282,7 +283,7 @@ class Planner:
     def _fill_bases(self) -> None:
         """Copy the bytes that a hot written page continues into its slot."""
         for share in self._plan.shares:
-            base = share.bases[:1]
+            base = share.bases[:1].copy()
             if base[0] != NO_PAGE and share.homes[share.first_written] == Tier.GPU:
                 self._copy_page(base, share.written[:1])
                 share.bases[0] = NO_PAGE
@@ -294,16 +295,24 @@ class Planner:
         stream = core.mover.to_device
         # the slot's last reader and the base's writer were reaped, or ran on the compute stream before
         stream.wait_event(core.device.compute_stream().record())
-        copied = []
+        copied, every = [], range(layout.num_layers)
         if tier == Tier.SSD:
-            for layer in range(layout.num_layers):
-                core.ring.load(0, layer, src, np.array([tier], dtype=np.int64))
+            for layer in every:
+                self._plan.checks.append(
+                    core.ring.load(0, layer, src, np.array([tier], dtype=np.int64))
+                )
                 copied.append(core.ring.copy_out(0, target + layer * layout.layer_bytes))
         else:
-            source = core.pools[tier].addresses(self._table.slots(src, tier))
+            there = self._table.slots(src, tier)
+            source = core.pools[tier].addresses(there)
             direction = Direction.DEVICE_TO_DEVICE if tier == Tier.GPU else Direction.HOST_TO_DEVICE
             core.device.copy(direction, target, source, layout.page_bytes, stream)
             copied.append(stream.record())
         for event in copied:
             core.device.compute_stream().wait_event(event)
             event.done()  # raises if it is known by now to have failed
+        if tier != Tier.SSD:
+            rows, tiers = core.mover.sums.rows(tier, there), np.array([tier], dtype=np.int64)
+            check = core.mover.sums.check(target, rows, src, tiers, there)
+            core.mover.sums.verify(check, every, core.device.compute_stream())
+            self._plan.checks.append(check)

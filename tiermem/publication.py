@@ -55,4 +55,4 @@ def _name_stored(core: Core, store: ColdStore, pages: Ids) -> None:
     if unnamed.any():
         names = core.prefixes.names_of(pages[unnamed])
         good = store.rename(slots[unnamed], [name for name in names if name is not None])
-        core.mover.quarantine(pages[unnamed][~good], Tier.SSD)
+        core.mover.quarantine.drop(pages[unnamed][~good], Tier.SSD)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tiermem.core import Core
+from tiermem.device.protocol import Event
 from tiermem.errors import ClosedError, TierMemError
 from tiermem.pools import NO_SLOT, VALID, Ids, Tier
 from tiermem.store_names import ChainRoot
@@ -47,6 +48,8 @@ class Sequence:
         self.pages = attached
         self.num_tokens = len(names)
         self.step_running = False
+        self.written: Event | None = None
+        """Behind the step that has written the last page."""
         self._core = core
         self._root = root
         self._names = list(names)
@@ -151,6 +154,7 @@ class Sequence:
             self._core, self._owner, self._root, self.pages, self._names, list(self._keys), label
         )
         twin.num_tokens = self.num_tokens
+        twin.written = self.written
         return twin
 
     def seal_tail(self) -> bool:
@@ -158,7 +162,7 @@ class Sequence:
         tail = self.pages[-1:]
         if len(tail) == 0 or self._core.table.is_sealed(tail)[0]:
             return False
-        self._core.table.seal(tail)
+        self._core.seal_between_steps(tail, self.written)
         return True
 
     # ---- place -------------------------------------------------------------------------------------
@@ -175,8 +179,8 @@ class Sequence:
         self.check_usable()
         core = self._core
         core.leases.trim(self, 0)
-        core.in_flight.drain()
         self.seal_tail()
+        core.in_flight.drain()
         own = self.pages[core.table.refs(self.pages) == 1]
         core.room.move_down(own[core.table.states(own, Tier.GPU) == VALID], Tier.GPU)
 

@@ -13,7 +13,8 @@ class TierStats:
     """One tier, in pages of `page_bytes` bytes; everything from `free` to `open` adds up to `slots`.
 
     `clean` copies can be dropped at once; `duplicate` ones too, but are the lowest copy of a page that is also
-    in a hotter tier. `reads` counts pages that steps found with this as their hottest copy.
+    in a hotter tier. `reads` counts pages that steps found with this as their hottest copy, `corrupt` copies
+    whose bytes were not those that were stored.
     """
 
     tier: str
@@ -29,6 +30,7 @@ class TierStats:
     reads: int
     evictions: int
     demotions: int
+    corrupt: int = 0
 
     @property
     def used(self) -> int:

@@ -24,9 +24,10 @@ from tiermem.chunks import (
     step_bytes,
 )
 from tiermem.core import Core
-from tiermem.device.protocol import Event
-from tiermem.errors import ClosedError, CorruptPageError, TierMemError, TransferError
+from tiermem.device.protocol import Event, Slices
+from tiermem.errors import ClosedError, TierMemError, TransferError
 from tiermem.lookahead import Lookahead
+from tiermem.page_sums import Sums
 from tiermem.plan import Plan
 from tiermem.planner import make_plan, plan_resident
 from tiermem.pools import Ids, Slots, Tier, as_ids
@@ -77,7 +78,8 @@ class Step:
         self._chunks: list[Chunk] = []
         self._lookahead = Lookahead(core.ring, [], 0)
         self._ram_tables: Any = None
-        self._checksums: dict[int, list[np.ndarray]] = {}
+        self._attended = as_ids([])
+        self._born: dict[int, tuple[Slices, Sums | None]] = {}
         self._saves: list[Event] = []
         self._wanted = StepBytes(0, 0, 0)
         self._start_s = 0.0
@@ -103,7 +105,7 @@ class Step:
             self._make_tables(self._plan)
         except BaseException:
             if self._plan is not None:
-                self._end(self._plan, None, as_ids([]))
+                self._end(self._plan, None)
             self._leave({}, None)
             raise
         return self
@@ -121,10 +123,10 @@ class Step:
             if error is None:
                 self._check_complete(plan)
                 record = self._record(plan, self._settle_ram())
+                self._check_bytes(plan)
                 replaced = self._commit(plan)
         finally:
-            damaged = error.pages if isinstance(error, CorruptPageError) else ()
-            self._end(plan, replaced, as_ids(damaged))
+            self._end(plan, replaced)
             self._leave(plan.reads, record if replaced is not None else None)
 
     # ---- the body ----------------------------------------------------------------------------------
@@ -262,6 +264,8 @@ class Step:
         tables = ram_tables(core, plan, in_ram)
         if tables is not None and self._core.ram is not None:
             self._ram_tables = self._core.ram.tables(tables)
+            pairs = zip(plan.shares, in_ram, strict=True)
+            self._attended = np.concatenate([share.pages[places] for share, places in pairs])
 
     def _check_turn(self, layer: int, q: torch.Tensor) -> Plan:
         plan = self._running_plan()
@@ -319,6 +323,8 @@ class Step:
             ))  # fmt: skip
             self._lookahead.end_use(i)
         if ram is not None and begun is not None:
+            if damages := self._core.mover.sums.verify_attended(self._attended, layer):
+                raise self._core.mover.quarantine.report(damages)
             sums.add(slice(0, len(q)), *ram.result(begun))
         return sums.result(q.dtype)
 
@@ -336,13 +342,20 @@ class Step:
 
     def _save(self, chunk: Chunk, layer: int) -> None:
         """Write-through: the filled slices go to their home in a lower tier."""
-        slots = self._core.table.slots(chunk.written, chunk.home)
+        core, slots = self._core, self._core.table.slots(chunk.written, chunk.home)
+        first = int(chunk.written[0])
+        if first not in self._born:
+            sums, rows = (
+                (None, core.mover.sums.rows(Tier.RAM, slots))
+                if chunk.home == Tier.RAM
+                else core.mover.sums.new_rows(len(slots))
+            )
+            self._born[first] = core.ring.slices_of(chunk.half, rows), sums
+        slices = self._born[first][0]
         if chunk.home == Tier.RAM:
-            saved = self._core.ring.save(chunk.half, chunk.num_pages, layer, slots)
-            self._saves.append(saved)
-            return
-        sums = self._core.ring.save_cold(chunk.half, chunk.num_pages, layer, slots)
-        self._checksums.setdefault(int(chunk.written[0]), []).append(sums)
+            self._saves.append(core.ring.save(chunk.half, slices, layer, slots))
+        else:
+            core.ring.save_cold(chunk.half, slices, layer, slots)
 
     # ---- the end -----------------------------------------------------------------------------------
 
@@ -388,17 +401,30 @@ class Step:
         for transfer in plan.promotions:
             transfer.check()
 
+    def _check_bytes(self, plan: Plan) -> None:
+        """What the step read from lower tiers is what was stored there: waits for the device to say so."""
+        core = self._core
+        checks = [*plan.checks, *(chunk.load.check for chunk in self._chunks if chunk.load)]
+        if checks:
+            core.device.compute_stream().record().wait()
+        if damages := [damage for check in checks for damage in check.damages()]:
+            raise core.mover.quarantine.report(damages)
+        for transfer in plan.promotions:
+            transfer.wait()
+            transfer.check()
+
     def _commit(self, plan: Plan) -> Ids:
         """The tokens become part of their sequences; pages that continued others replace them."""
         core = self._core
         self._commit_write_through()
-        fulls = []
+        fulls, full_pages = [], [as_ids([])]
         for share in plan.shares:
             share.sequence.advance(share.pages, share.new_tokens)
             fulls.append(share.sequence.num_tokens // core.layout.page_tokens)
             if fulls[-1] > share.first_written:
                 written = share.pages[share.first_written : fulls[-1]]
-                core.table.seal(written[~core.table.is_sealed(written)])
+                full_pages.append(written[~core.table.is_sealed(written)])
+        plan.born = core.seal(np.concatenate(full_pages))
         plan.created.clear()
         if not core.room.is_short(Tier.GPU):
             for share, full in zip(plan.shares, fulls, strict=True):
@@ -413,11 +439,12 @@ class Step:
             saved.wait()
         for chunk in written:
             if chunk.home == Tier.SSD:
-                sums = np.stack(self._checksums[int(chunk.written[0])], axis=1)
+                sums = self._born[int(chunk.written[0])][1]
+                assert sums is not None
                 core.mover.finish_write_through(chunk.written, sums)
             core.table.commit(chunk.written, chunk.home)
 
-    def _end(self, plan: Plan, replaced: Ids | None, damaged: Ids) -> None:
+    def _end(self, plan: Plan, replaced: Ids | None) -> None:
         """Hand the pins to the list of work in flight. `replaced` is None where the step is undone."""
         core = self._core
         self._plan = None
@@ -425,19 +452,21 @@ class Step:
         core.ring.drop_ahead()
         event = core.device.compute_stream().record()
         if replaced is not None:
+            for sequence in self._sequences:
+                sequence.written = event
             core.in_flight.add(StepWork(core, plan, event))
             core.table.release(replaced)
             return
         # undone: nothing may still write into what is given back
-        streams = core.mover.to_host, core.mover.to_device
+        streams = core.mover.to_host, core.mover.to_device, core.mover.checks
         for ends in (self._settle_ram, event.wait, *(stream.synchronize for stream in streams)):
             with contextlib.suppress(TransferError):  # the step has failed already
                 ends()
         plan.release_pins(core)
         plan.discard_created(core)
-        if len(damaged):
+        if core.mover.quarantine.is_waiting:
             core.in_flight.drain()  # steps that ended before may still hold the same copies
-            core.mover.quarantine(damaged, Tier.SSD)
+            core.mover.quarantine.drop_found()
 
     def _leave(self, reads: dict[Tier, int], record: StepRecord | None) -> None:
         trace.end()

@@ -14,9 +14,10 @@ import torch
 
 from tiermem import _core
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, SlotHolds
-from tiermem.device.protocol import Device, Direction, Event, Memory
+from tiermem.device.protocol import Device, Direction, Event, Memory, Slices
 from tiermem.errors import TransferError
 from tiermem.layout import SLOT_ALIGN_BYTES, PageLayout, round_up
+from tiermem.page_sums import Check, Damage, Sums
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
 from tiermem.store import ColdStore, StoreTransfer
 from tiermem.trace import traced
@@ -37,11 +38,12 @@ class _Copies:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ColdSlices:
-    """Slices of pages on the SSD: their slots there, and in the ring."""
+    """Slices of pages on the SSD: their slots there, and in the ring; `sums` get those of each layer read."""
 
     ids: Ids
     slots: Slots
     ring_slots: Slots
+    sums: Sums
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +56,8 @@ class SliceLoad:
     half: int
     copies: tuple[_Copies, ...]
     cold: _ColdSlices | None
+    check: Check
+    """Of the pages that are sealed: others have no sums."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,19 +161,33 @@ class Ring:
     def plan(self, half: int, ids: Ids, tiers: Slots) -> SliceLoad:
         """How slices of the pages, each from a VALID copy in its tier, come to the first slots of `half`."""
         slots = self.slots_of(half, len(ids))
+        there, rows = np.empty(len(ids), dtype=np.int64), np.empty(len(ids), dtype=np.int64)
+        from_tiers = tiers.copy()
         copies, cold = [], None
         for tier in Tier:
             chosen = np.flatnonzero(tiers == tier)
             if len(chosen) == 0:
                 continue
-            there = self._table.slots(ids[chosen], tier)
+            there[chosen] = self._table.slots(ids[chosen], tier)
             if tier == Tier.SSD:
-                cold = _ColdSlices(ids[chosen], there, slots[chosen])
+                sums, rows[chosen] = self._mover.sums.new_rows(len(chosen))
+                from_tiers[chosen] = Tier.RAM  # what was read is right where it lies in pinned RAM
+                cold = _ColdSlices(ids[chosen], there[chosen], slots[chosen], sums)
                 continue
+            rows[chosen] = self._mover.sums.rows(tier, there[chosen])
             direction = Direction.DEVICE_TO_DEVICE if tier == Tier.GPU else Direction.HOST_TO_DEVICE
-            target, source = self._ring.addresses(slots[chosen]), self._pools[tier].addresses(there)
+            target = self._ring.addresses(slots[chosen])
+            source = self._pools[tier].addresses(there[chosen])
             copies.append(_Copies(tier, direction, target, source))
-        return SliceLoad(half, tuple(copies), cold)
+        sealed = self._table.is_sealed(ids)
+        check = self._mover.sums.check(
+            self._ring.addresses(slots[sealed]),
+            rows[sealed],
+            ids[sealed],
+            from_tiers[sealed],
+            there[sealed],
+        )
+        return SliceLoad(half, tuple(copies), cold, check)
 
     @traced("stream slices in")
     def start(self, load: SliceLoad, layer: int) -> None:
@@ -206,16 +224,23 @@ class Ring:
         half.load, half.layer, half.is_waiting = load, layer, True
 
     def begin_use(self, load: SliceLoad, layer: int) -> None:
-        """As `start`; the compute stream waits for the copies."""
+        """As `start`; the compute stream waits for the copies and compares the slices with their sums.
+
+        What it finds is in the load's `check`, for whoever has seen it done.
+        """
         self.start(load, layer)
         loaded = self._halves[load.half].loaded
         assert loaded is not None
-        self._device.compute_stream().wait_event(loaded)
+        compute = self._device.compute_stream()
+        compute.wait_event(loaded)
         loaded.done()  # raises if it is known by now to have failed
+        self._mover.sums.verify(load.check, range(layer, layer + 1), compute)
 
-    def load(self, half: int, layer: int, ids: Ids, tiers: Slots) -> None:
+    def load(self, half: int, layer: int, ids: Ids, tiers: Slots) -> Check:
         """`begin_use` of pages that are wanted once."""
-        self.begin_use(self.plan(half, ids, tiers), layer)
+        load = self.plan(half, ids, tiers)
+        self.begin_use(load, layer)
+        return load.check
 
     def holds(self, load: SliceLoad, layer: int) -> bool:
         """Whether `start` would have nothing to do."""
@@ -267,30 +292,35 @@ class Ring:
         self._halves[half].users = [self._device.compute_stream().record()]
         self._halves[half].is_waiting = False
 
+    def slices_of(self, half: int, rows: Addresses) -> Slices:
+        """The first slices of `half`, to be summed into `rows`, for `save` and `save_cold`."""
+        pages = self._ring.addresses(self.slots_of(half, len(rows)))
+        return self._mover.sums.of_slices(pages, rows)
+
     @traced("stream slices out")
-    def save(self, half: int, count: int, layer: int, dst: Slots) -> Event:
-        """Copy the first `count` slices of `half`, as the compute stream leaves them, into RAM slots `dst`.
+    def save(self, half: int, slices: Slices, layer: int, dst: Slots) -> Event:
+        """Copy `slices` of `half`, as the compute stream leaves them, into RAM slots `dst`, and sum them.
 
         Returns the event behind the copy: done, or the error, before the slots may become VALID.
         """
-        event = self._save_to(
-            half, count, self._pools[Tier.RAM].addresses(dst, layer * self._layout.layer_bytes)
-        )
+        self._mover.sums.begin_layer(slices, layer)
+        target = self._pools[Tier.RAM].addresses(dst, layer * self._layout.layer_bytes)
+        event = self._save_to(half, target)
         self._halves[half].given_to(event)
-        self._note(Tier.GPU, Tier.RAM, count)
+        self._note(Tier.GPU, Tier.RAM, len(dst))
         return event
 
     @traced("stream slices out")
-    def save_cold(self, half: int, count: int, layer: int, dst: Slots) -> np.ndarray:
-        """Write them to SSD slots `dst` and wait; the slices' checksums (count,) uint64."""
+    def save_cold(self, half: int, slices: Slices, layer: int, dst: Slots) -> None:
+        """Write them to SSD slots `dst` and wait, and sum them."""
         assert self._host is not None and self._store is not None
         self._drop(half)
-        buffers = self._host.addresses(self.slots_of(half, count))
-        event = self._save_to(half, count, buffers)
-        event.wait()
+        self._mover.sums.begin_layer(slices, layer)
+        buffers = self._host.addresses(self.slots_of(half, len(dst)))
+        self._save_to(half, buffers).wait()
         self._halves[half].given_to()
-        self._note(Tier.GPU, Tier.SSD, count)
-        return self._store.write_slices(dst, layer, buffers)
+        self._note(Tier.GPU, Tier.SSD, len(dst))
+        self._store.write_slices(dst, layer, buffers)
 
     def read_tensor(self, half: int, count: int) -> torch.Tensor:
         """(count, 2, kv_heads, page_tokens, head_dim): a view of the first slices of `half`."""
@@ -322,14 +352,12 @@ class Ring:
         half.ahead = None
         read.transfer.wait()
         read.transfer.poll()
-        good = self._store.verify(read.transfer)
-        if not good.all():
-            raise self._mover.corrupt(
-                f"{int((~good).sum())} pages read from SSD are not what was written there; "
-                f"they were not served",
-                cold.ids[~good],
-                Tier.SSD,
+        bad = np.flatnonzero(~self._store.verify(read.transfer))
+        if len(bad):
+            raise self._mover.quarantine.report(
+                [Damage(Tier.SSD, int(cold.ids[i]), int(cold.slots[i]), layer) for i in bad]
             )
+        cold.sums[:, layer] = self._store.layer_sums(cold.slots, layer)
         return self._host.addresses(cold.ring_slots)
 
     def _start_read(self, load: SliceLoad, cold: _ColdSlices, layer: int) -> _Read:
@@ -349,10 +377,10 @@ class Ring:
             with contextlib.suppress(TransferError):
                 read.transfer.wait()
 
-    def _save_to(self, half: int, count: int, target: Addresses) -> Event:
+    def _save_to(self, half: int, target: Addresses) -> Event:
         stream = self._mover.to_host
         stream.wait_event(self._device.compute_stream().record())
-        source = self._ring.addresses(self.slots_of(half, count))
+        source = self._ring.addresses(self.slots_of(half, len(target)))
         self._device.copy(
             Direction.DEVICE_TO_HOST, target, source, self._layout.layer_bytes, stream
         )

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,30 +19,24 @@ from tiermem import _core
 from tiermem.device.protocol import Device, Direction, Event, Memory
 from tiermem.errors import CorruptPageError, TransferError
 from tiermem.inflight import InFlight
+from tiermem.lanes import make_lanes
 from tiermem.layout import PageLayout
 from tiermem.meter import Meter
-from tiermem.pools import VALID, Addresses, Ids, SlotPool, Slots, Tier
+from tiermem.page_sums import Damage, PageSums, Sums
+from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier, as_ids
+from tiermem.quarantine import Names, Quarantine
 from tiermem.store import ColdStore, StoreTransfer
-from tiermem.store_names import GoneReason, PageName
 from tiermem.trace import traced
 
 Running = Event | StoreTransfer
-
-
-class Names(Protocol):
-    """What pages are called; the prefix index, as transfers see it."""
-
-    def names_of(self, ids: Ids) -> Sequence[PageName | None]: ...
-
-    def forget(self, ids: Ids) -> None: ...
 
 
 class Transfer:
     """Pages `ids` moving from `src` to `dst`: one entry in the list of work in flight.
 
     `running` is what was started; `then` starts a second stage when it has ended. `settle` is called once at
-    a good end, before the copies become VALID, and answers which pages were found damaged; `release` is
-    called once at any end.
+    a good end, before the copies become VALID, and answers what was found damaged; `release` is called once at
+    any end.
     """
 
     def __init__(
@@ -54,7 +47,7 @@ class Transfer:
         dst: Tier,
         running: Running,
         then: Callable[[], Running] | None,
-        settle: Callable[[], Ids],
+        settle: Callable[[], list[Damage]],
         release: Callable[[], None],
     ) -> None:
         self.ids = ids
@@ -66,6 +59,8 @@ class Transfer:
         self._then = then
         self._settle = settle
         self._release = release
+        self._damages: list[Damage] | None = None
+        self._damage: CorruptPageError | None = None
 
     @property
     def event(self) -> Event | None:
@@ -79,7 +74,7 @@ class Transfer:
         try:
             while self.error is None and self._ended():
                 if self._then is None:
-                    return True
+                    return self._is_settled()
                 then, self._then = self._then, None
                 self._running = then()
         except TransferError as error:
@@ -92,11 +87,20 @@ class Transfer:
         """Raise the TransferError if it is known by now to have failed; never blocks."""
         with contextlib.suppress(TransferError):
             self.poll()
-        if self.error is not None:
-            raise self.error
+        error = self.error or self._damage
+        if error is not None:
+            raise error
 
     def wait(self) -> None:
-        """Block until the stage in progress has ended."""
+        """Block until the stage in progress has ended.
+
+        Raises
+        ------
+        TransferError: it failed, and a step that counts on it has yet to let go: only that can go on.
+        """
+        error = self.error or self._damage
+        if error is not None and self._mover.table.pins(self.ids, self.dst).any():
+            raise error
         if isinstance(self._running, StoreTransfer):
             self._running.wait()
             return
@@ -107,19 +111,12 @@ class Transfer:
 
     def finish(self) -> None:
         """The copies become VALID, except those that were found damaged, which are quarantined."""
-        table = self._mover.table
-        damaged = self._settle()
+        table, damaged = self._mover.table, self._damaged_ids()
         table.commit(np.setdiff1d(self.ids, damaged, assume_unique=True), self.dst)
         table.abort(damaged, self.dst)
         table.unpin(self.ids, self.src)
-        if len(damaged):
-            self.error = self._mover.corrupt(
-                f"{len(damaged)} of {len(self.ids)} pages read from {self.src.name} are not what was "
-                f"written there; they were not served",
-                damaged,
-                self.src,
-            )
-            self._mover.quarantine(damaged, self.src)
+        self.error = self._damage
+        self._mover.quarantine.drop_found()
         self._end(len(self.ids) - len(damaged))
 
     def fail(self, error: TransferError) -> None:
@@ -130,6 +127,17 @@ class Transfer:
         self._mover.table.abort(self.ids, self.dst)
         self._mover.table.unpin(self.ids, self.src)
         self._end(0)
+
+    def _is_settled(self) -> bool:
+        """Whether it can be finished: what is damaged has no pins of a step that counts on it."""
+        if self._damages is None:
+            self._damages = self._settle()
+            if self._damages:
+                self._damage = self._mover.quarantine.report(self._damages)
+        return not self._mover.table.pins(self._damaged_ids(), self.dst).any()
+
+    def _damaged_ids(self) -> Ids:
+        return as_ids([damage.page for damage in self._damages or ()])
 
     def _ended(self) -> bool:
         running = self._running
@@ -157,11 +165,15 @@ class Mover:
         store: ColdStore | None,
         names: Names,
         staging_pages: int,
+        sums: PageSums,
     ) -> None:
         self.table = table
+        self.sums = sums
+        self.quarantine = Quarantine(table, sums, names, store)
         self.meter = Meter()
         self.to_host = device.new_stream()
         self.to_device = device.new_stream()
+        self.checks = device.new_stream()
         self.leaving = dict.fromkeys(Tier, 0)
         self._device = device
         self._layout = layout
@@ -169,7 +181,7 @@ class Mover:
         self._pools = pools
         self._store = store
         self._names = names
-        self._lanes = _make_lanes(device, layout, staging_pages) if store else {}
+        self._lanes = make_lanes(device, layout, staging_pages) if store else {}
 
     @property
     def staging(self) -> list[Memory]:
@@ -198,27 +210,6 @@ class Mover:
             return self._submit_staged(ids, src, dst)
         return [self._start(ids, src, dst, partial(self._start_direct, ids, src, dst), _nothing)]
 
-    def corrupt(self, message: str, ids: Ids, tier: Tier) -> CorruptPageError:
-        """What to raise for pages whose copies in `tier` were found damaged: it says which have no other one."""
-        alive = ids[self.table.alive(ids)]
-        others = [self.table.states(alive, other) == VALID for other in Tier if other != tier]
-        lost = alive[~np.logical_or.reduce(others)]
-        return CorruptPageError(message, tuple(ids.tolist()), tuple(lost.tolist()))
-
-    def quarantine(self, ids: Ids, tier: Tier) -> None:
-        """Drop copies that were found damaged, even the last ones: their pages are lost, never served.
-
-        A copy that someone else holds stays until it is found damaged again: every way back verifies it.
-        """
-        ids = ids[self.table.alive(ids)]
-        ids = ids[self.table.pins(ids, tier) == 0]
-        if tier == Tier.SSD:
-            self._cold.unpublish(self.table.slots(ids, Tier.SSD), GoneReason.QUARANTINED)
-        self.table.discard(ids, tier)
-        alive = self.table.alive(ids)
-        lost = ids[alive][self.table.is_lost(ids[alive])]
-        self._names.forget(np.concatenate([ids[~alive], lost]))
-
     def finish_write_through(self, ids: Ids, checksums: NDArray[np.uint64]) -> None:
         """Every slice of these pages, FILLING on the SSD, was written: write their trailers and wait."""
         slots = self.table.slots(ids, Tier.SSD)
@@ -240,32 +231,81 @@ class Mover:
         self._cold.guard.note_full()
 
     def free(self) -> None:
-        """Give the staging slots back; nothing may be in flight."""
+        """Give the staging slots and the sums back; nothing may be in flight."""
+        self.sums.free()
         for lane in self._lanes.values():
             lane.pool.free()
 
     # ---- one stage ---------------------------------------------------------------------------------
 
     def _start_direct(self, ids: Ids, src: Tier, dst: Tier, slots: Slots) -> Stages:
+        there = self.table.slots(ids, src)
         if dst == Tier.SSD:
-            return self._start_write(ids, slots, self._addresses(ids, src))
+            addresses = self._pools[src].addresses(there)
+            return self._start_write(ids, slots, addresses, self.sums.of(src, there))
         target = self._pools[dst].addresses(slots)
         if src == Tier.SSD:
-            reading = self._cold.read(self.table.slots(ids, src), target)
-            return Stages(reading, None, lambda: ids[~self._cold.verify(reading)])
-        return Stages(self._copy(target, self._addresses(ids, src), src), None, _no_ids)
+            reading = self._cold.read(there, target)
+            return Stages(reading, None, partial(self._settle_read, reading, ids, dst, slots))
+        copied = self._copy(target, self._pools[src].addresses(there), src)
+        if dst == Tier.GPU:
+            rows, sums = self.sums.rows(src, there), self.sums.of(src, there)
+            return self._start_check(copied, ids, src, there, slots, rows, sums)
 
-    def _start_write(self, ids: Ids, slots: Slots, addresses: Addresses) -> Stages:
+        def settle() -> list[Damage]:
+            self.sums.put(dst, slots, self.sums.of(src, there))
+            return []
+
+        return Stages(copied, None, settle)
+
+    def _settle_read(
+        self, reading: StoreTransfer, ids: Ids, dst: Tier, slots: Slots
+    ) -> list[Damage]:
+        """Pages that came from the SSD have the sums of their trailers."""
+        damages = self._damages_of(reading, ids)
+        self.sums.put(dst, slots, reading.sums)
+        return damages
+
+    def _damages_of(self, reading: StoreTransfer, ids: Ids) -> list[Damage]:
+        bad = np.flatnonzero(~self._cold.verify(reading))
+        return [Damage(Tier.SSD, int(ids[i]), int(reading.slots[i]), None) for i in bad]
+
+    def _start_check(
+        self,
+        copied: Event,
+        ids: Ids,
+        src: Tier,
+        there: Slots,
+        slots: Slots,
+        rows: Addresses,
+        sums: Sums,
+    ) -> Stages:
+        """Compare pages that were copied to `slots` of the hot tier with `sums`, which lie in `rows`.
+
+        On a stream of its own, beside the next copies.
+        """
+        tiers = np.full(len(ids), src, dtype=np.int64)
+        check = self.sums.check(self._pools[Tier.GPU].addresses(slots), rows, ids, tiers, there)
+        self.checks.wait_event(copied)
+        self.sums.verify(check, self.sums.every_layer, self.checks)
+
+        def settle() -> list[Damage]:
+            self.sums.put(Tier.GPU, slots, sums)
+            return check.damages()
+
+        return Stages(self.checks.record(), None, settle)
+
+    def _start_write(self, ids: Ids, slots: Slots, addresses: Addresses, sums: Sums) -> Stages:
         names = self._names.names_of(ids)
-        writing = self._cold.write(slots, addresses, names)
+        writing = self._cold.write(slots, addresses, names, sums)
 
-        def publish() -> Ids:
+        def publish() -> list[Damage]:
             # The page may have been renamed or dropped meanwhile: only a name that is in the trailer
             # and still stands enters the index.
             now = self._names.names_of(ids)
             same = [name if name == then else None for name, then in zip(now, names, strict=True)]
             self._cold.publish(slots, same)
-            return _no_ids()
+            return []
 
         return Stages(writing, None, publish)
 
@@ -290,25 +330,38 @@ class Mover:
     def _start_staged(
         self, ids: Ids, src: Tier, dst: Tier, buffers: Addresses, slots: Slots
     ) -> Stages:
+        there = self.table.slots(ids, src)
         if src == Tier.GPU:
             writes: list[Stages] = []
 
             def write() -> Running:
-                writes.append(self._start_write(ids, slots, buffers))
+                # The sums were born before the copy that has ended.
+                writes.append(self._start_write(ids, slots, buffers, self.sums.of(src, there)))
                 return writes[0].running
 
-            def publish() -> Ids:
+            def publish() -> list[Damage]:
                 return writes[0].settle()
 
             return Stages(self._copy(buffers, self._addresses(ids, src), src), write, publish)
-        reading = self._cold.read(self.table.slots(ids, src), buffers)
-        damaged: list[Ids] = []
+        reading = self._cold.read(there, buffers)
+        damaged: list[list[Damage]] = []
+        uploads: list[Stages] = []
 
         def upload() -> Running:
-            damaged.append(ids[~self._cold.verify(reading)])
-            return self._copy(self._pools[dst].addresses(slots), buffers, Tier.RAM)
+            damaged.append(self._damages_of(reading, ids))
+            copied = self._copy(self._pools[dst].addresses(slots), buffers, Tier.RAM)
+            sums, rows = self.sums.new_rows(len(ids))
+            sums[:] = reading.sums
+            # What the SSD gave was right where the CPU looked at it, in pinned RAM.
+            uploads.append(self._start_check(copied, ids, Tier.RAM, there, slots, rows, sums))
+            return uploads[0].running
 
-        return Stages(reading, upload, lambda: damaged[0])
+        def settle() -> list[Damage]:
+            known = {damage.page for damage in damaged[0]}
+            found = uploads[0].settle()
+            return damaged[0] + [damage for damage in found if damage.page not in known]
+
+        return Stages(reading, upload, settle)
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -356,40 +409,14 @@ class Stages:
     """What a transfer has started, what follows, and what settles it."""
 
     def __init__(
-        self, running: Running, then: Callable[[], Running] | None, settle: Callable[[], Ids]
+        self,
+        running: Running,
+        then: Callable[[], Running] | None,
+        settle: Callable[[], list[Damage]],
     ) -> None:
         self.running = running
         self.then = then
         self.settle = settle
-
-
-class Lane:
-    """Staging slots of one direction, in pinned memory: reserved, so that neither direction starves."""
-
-    def __init__(self, pool: SlotPool) -> None:
-        self.pool = pool
-        self.free = list(range(pool.num_slots))
-
-    def take(self, count: int) -> Slots:
-        """`count` free slots."""
-        return np.array([self.free.pop() for _ in range(count)], dtype=np.int64)
-
-    def give_back(self, slots: Slots) -> None:
-        """The transfer that used `slots` has ended."""
-        self.free.extend(int(slot) for slot in slots)
-
-
-def _make_lanes(device: Device, layout: PageLayout, pages: int) -> dict[Tier, Lane]:
-    """One lane for each tier that pages may come from."""
-    size = layout.slot_bytes * pages
-    return {
-        src: Lane(SlotPool(device.allocate_host(size), layout.slot_bytes, pages))
-        for src in (Tier.GPU, Tier.SSD)
-    }
-
-
-def _no_ids() -> Ids:
-    return np.empty(0, dtype=np.int64)
 
 
 def _nothing() -> None:
