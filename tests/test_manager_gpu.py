@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -11,7 +11,7 @@ import pytest
 import torch
 from world import LAYOUT, World, kv_of
 
-from tiermem import PageLayout, Sequence, TierConfig, TierManager
+from tiermem import CorruptPageError, PageLayout, Sequence, TierConfig, TierManager, _core
 from tiermem._core import CopyState, Tier
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +42,12 @@ def manager() -> Iterator[TierManager]:
         yield opened
 
 
-def grow(manager: TierManager, sequence: Sequence, count: int) -> torch.Tensor:
+def grow(
+    manager: TierManager,
+    sequence: Sequence,
+    count: int,
+    before_end: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
     """Append `count` tokens with telling K and V; the last layer's output."""
     start = sequence.num_tokens
     tokens = torch.arange(start, start + count).numpy()
@@ -53,6 +58,7 @@ def grow(manager: TierManager, sequence: Sequence, count: int) -> torch.Tensor:
         for layer in range(LAYOUT.num_layers):
             step.append(layer, kv[layer][0], kv[layer][1])
             out = step.attend(layer, q)
+        before_end()
     return out
 
 
@@ -74,12 +80,14 @@ def test_a_page_is_never_read_before_its_copy_has_ended(manager: TierManager) ->
     # what was hot is overwritten, so that only the copies can bring the bytes back
     core.hot.data.fill_(float("nan"))
     torch.cuda.synchronize()
-    with latch.holding(core.mover.to_device):
-        out = grow(manager, sequence, 1)
+
+    def check() -> None:
         finished = core.device.compute_stream().record()
         assert not any(finished.done() for _ in range(POLLS)), "attention overtook the copies"
         latch.release()
-        finished.wait()
+
+    with latch.holding(core.mover.to_device):
+        out = grow(manager, sequence, 1, check)  # its end waits until the copies were compared
     assert torch.equal(out, want)
 
 
@@ -174,3 +182,65 @@ def test_nothing_leaks_over_many_managers(tmp_path: Path) -> None:
     assert abs(free - free_after) <= 8 << 20
     assert rss_after - rss <= 64 << 20
     assert files_after == files
+
+
+def damaged(manager: TierManager, sequence: Sequence, number: int, layer: int) -> int:
+    """Flip a bit of the RAM copy of a page of `sequence`; its id."""
+    core = manager._core
+    page = sequence.pages[number : number + 1]
+    slot = int(core.table.slots(page, Tier.RAM)[0])
+    where = slot * LAYOUT.slot_bytes + layer * LAYOUT.layer_bytes + 99
+    core.pools[Tier.RAM].memory.tensor[where] ^= 8
+    return int(page[0])
+
+
+def test_a_bit_flipped_in_pinned_memory_is_found_on_promotion(manager: TierManager) -> None:
+    sequence = manager.open_sequence()
+    grow(manager, sequence, 5 * LAYOUT.page_tokens)
+    sequence.suspend()
+    grow(manager, sequence, 1)
+    sequence.rollback(1)
+    sequence.suspend()
+    bad = damaged(manager, sequence, 2, 1)
+    with pytest.raises(CorruptPageError) as caught:
+        grow(manager, sequence, 1)
+    assert caught.value.pages == caught.value.lost == (bad,)
+    assert manager.stats().corrupt_pages == 1
+    sequence.rollback(3 * LAYOUT.page_tokens)
+    grow(manager, sequence, 1)
+    manager.check()
+
+
+def test_a_bit_flipped_in_pinned_memory_is_found_in_a_streamed_slice(
+    manager: TierManager,
+) -> None:
+    sequence = manager.open_sequence()
+    grow(manager, sequence, 20 * LAYOUT.page_tokens + 3)
+    grow(manager, sequence, 1)
+    core = manager._core
+    alone = core.table.states(sequence.pages, Tier.GPU) == int(CopyState.ABSENT)
+    bad = damaged(manager, sequence, int(alone.nonzero()[0][-1]), 0)
+    with pytest.raises(CorruptPageError) as caught:
+        grow(manager, sequence, 1)
+    assert caught.value.pages == caught.value.lost == (bad,)
+    assert sequence.num_tokens == 20 * LAYOUT.page_tokens + 4
+    manager.check()
+
+
+def test_sums_on_the_gpu_are_those_of_the_bytes(manager: TierManager) -> None:
+    core = manager._core
+    sequence = manager.open_sequence()
+    grow(manager, sequence, 20 * LAYOUT.page_tokens + 3)
+    for _ in range(LAYOUT.page_tokens):
+        grow(manager, sequence, 1)
+    core.in_flight.drain()
+    torch.cuda.synchronize()
+    pages = sequence.pages[core.table.is_sealed(sequence.pages)]
+    for tier in (Tier.GPU, Tier.RAM):
+        held = pages[core.table.states(pages, tier) == int(CopyState.VALID)]
+        assert len(held)
+        slots = core.table.slots(held, tier)
+        memory = core.pools[tier].memory.tensor.cpu()
+        starts = memory.data_ptr() + slots * LAYOUT.slot_bytes
+        want = _core.checksum_pages(starts, LAYOUT.layer_bytes, LAYOUT.num_layers)
+        assert (core.mover.sums.of(tier, slots) == want).all()
