@@ -49,7 +49,19 @@ def test_what_answers_at_once_imports_nothing_heavy(arguments: list[str]) -> Non
 
 @pytest.mark.parametrize(
     "command",
-    ["generate", "stats", "doctor", "calibrate", "plan", "ls", "show", "explain", "verify", "du"],
+    [
+        "generate",
+        "stats",
+        "doctor",
+        "calibrate",
+        "plan",
+        "ls",
+        "show",
+        "explain",
+        "verify",
+        "du",
+        "gc",
+    ],
 )
 def test_every_command_has_help_with_examples(cli: Cli, command: str) -> None:
     found = cli(command, "--help")

@@ -8,6 +8,7 @@ page up to a multiple of 4 KiB where its size is none, and room in the index's p
 from __future__ import annotations
 
 import enum
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -205,7 +206,9 @@ def _report(
 def _look_again(reader: StoreReader, reports: list[PageReport], part: Part) -> list[PageReport]:
     """What is still to be said of these pages once whoever writes to the store has had its time."""
     settled: list[PageReport] = []
-    waits = SECOND_LOOKS_S if reader.owner_pid() is not None else SECOND_LOOKS_S[:1]
+    # what is owned by this process is written by nobody while this looks
+    is_written = reader.owner_pid() not in (None, os.getpid())
+    waits = SECOND_LOOKS_S if is_written else SECOND_LOOKS_S[:1]
     for wait_s in waits:
         time.sleep(wait_s)
         content = reader.content()

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from tiermem import _core
 from tiermem.errors import ConfigError, CorruptPageError
-from tiermem.index_image import image_of
+from tiermem.index_image import IndexImage, image_of
 from tiermem.index_pages import IndexPages
 from tiermem.layout import PageLayout
 from tiermem.private_files import PrivateDirectory
@@ -31,9 +31,9 @@ LOCKS = Path("/proc/locks")
 MAX_LOCKS_BYTES = 1 << 24
 QUIET_S = 3.0
 """How long to try for a state of the index that did not change while it was read."""
-MIN_TRIES = 2
-PAUSE_S = 0.02
-"""Of a store that nobody seems to have in use, damage is believed after so many more looks."""
+QUIET_LOOKS = 2
+PAUSE_S = 0.05
+"""Damage is believed once nobody wrote to the index between so many looks at it."""
 
 Result = TypeVar("Result")
 
@@ -86,15 +86,17 @@ class StoreReader:
     # ---- the index ---------------------------------------------------------------------------------
 
     def content(self) -> StoreContent:
-        """What the index says now.
+        """What the index says now. Raises as `image`."""
+        return StoreContent.of(self.image())
+
+    def image(self) -> IndexImage:
+        """Every record of the index as it is now.
 
         Raises
         ------
         CorruptPageError: the index is damaged, or missing; or it never stayed as it was for long enough.
         """
-        return self._from_index(
-            lambda pages: StoreContent.of(image_of(pages.records(pages.meta())))
-        )
+        return self._from_index(lambda pages: image_of(pages.records(pages.meta())))
 
     def check_index(self) -> None:
         """Raise CorruptPageError unless each page of the index's file is what it should be, and used once."""
@@ -105,7 +107,7 @@ class StoreReader:
         descriptor = self._open_index()
         pages = IndexPages(descriptor, str(self.path / "index" / INDEX_FILE))
         end_s = time.monotonic() + QUIET_S
-        num_tries = 0
+        num_quiet, stamp = 0, -1
         try:
             while True:
                 try:
@@ -115,9 +117,9 @@ class StoreReader:
                     if pages.meta().transaction <= before + 1:
                         return result
                 except CorruptPageError:
-                    num_tries += 1
-                    is_over = time.monotonic() > end_s
-                    if is_over or (num_tries > MIN_TRIES and self.owner_pid() is None):
+                    written = os.fstat(descriptor).st_mtime_ns
+                    num_quiet, stamp = num_quiet + 1 if written == stamp else 0, written
+                    if num_quiet >= QUIET_LOOKS or time.monotonic() > end_s:
                         raise
                     time.sleep(PAUSE_S)
                 if time.monotonic() > end_s:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tiermem.disk_budget import BUDGET_FILE
+from tiermem.private_files import PrivateDirectory
 from tiermem.store_content import StoreContent
 from tiermem.store_files import INDEX_FILE, cap_of
 from tiermem.store_reader import StoreReader
@@ -62,6 +63,11 @@ class StoreUsage:
             file_system_free=system.f_bavail * system.f_frsize,
             file_system_total=system.f_blocks * system.f_frsize,
         )
+
+
+def strangers(directory: PrivateDirectory) -> tuple[str, ...]:
+    """What lies in the directory of a store and is no part of it: what was set aside, and left behind."""
+    return tuple(name for name in directory.names() if name not in OWN_NAMES)
 
 
 def _is_foreign(name: str) -> bool:

@@ -16,14 +16,14 @@ from types import FrameType
 from tiermem import __version__
 from tiermem.cli import bench, calibrate, doctor, generate, plan, stats
 from tiermem.cli.options import CommandParser
-from tiermem.cli.store import du, explain, ls, show, verify
+from tiermem.cli.store import du, explain, gc, ls, show, verify
 from tiermem.errors import ConfigError, TierMemError
 
 FAILED = 1
 MISUSED = 2
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 
-COMMANDS = (generate, stats, doctor, calibrate, plan, bench, ls, show, explain, verify, du)
+COMMANDS = (generate, stats, doctor, calibrate, plan, bench, ls, show, explain, verify, du, gc)
 
 DESCRIPTION = """\
 A KV cache larger than the GPU: exact, tiered over GPU memory, pinned RAM and SSD."""
@@ -35,7 +35,7 @@ examples:
   tiermem plan --model 33b --context 128k            whether it fits this machine, and how fast it decodes
   tiermem generate --model DIR --prompt-file F --gpu 2MiB --ram 8MiB --ssd 1GiB
   tiermem stats --watch                              what every live TierManager is doing
-  tiermem ls cache/                                  what an SSD store holds; show, explain, verify, du tell more
+  tiermem ls cache/                                  what an SSD store holds; show, explain, verify, du, gc: more
 
 `tiermem COMMAND --help` tells more."""
 

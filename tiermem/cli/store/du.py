@@ -20,7 +20,7 @@ examples:
   tiermem du cache/ --json
 
 A store takes its room when it is made, up to its cap, so that writing to it cannot fail for want of room: free
-slots are counted."""
+slots are counted. `tiermem gc STORE` gives them back."""
 
 
 def add_parser(commands: Commands[CommandParser]) -> None:

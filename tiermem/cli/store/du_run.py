@@ -43,7 +43,7 @@ def lines_of(
         ),
         ("free", usage.free, f"{count_of(free, 'slot')} without a page that can be found"),
         ("index", usage.index, "which page is in which slot"),
-        ("set aside", usage.set_aside, "found damaged, or not a store's"),
+        ("set aside", usage.set_aside, "found damaged or left behind; `tiermem gc` removes it"),
         ("others", usage.others, "header, lock, directories"),
     )
     rows = tuple(

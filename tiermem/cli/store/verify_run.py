@@ -6,7 +6,10 @@ import argparse
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
 
 from tiermem.cli.human import rate_text, size_text, time_text
 from tiermem.cli.notes import Progress
@@ -15,8 +18,12 @@ from tiermem.cli.store.words import count_of, key_text, places_text
 from tiermem.cli.table import Align, Table
 from tiermem.errors import CorruptPageError
 from tiermem.slot_scan import Part
+from tiermem.store_chains import rows_of
 from tiermem.store_check import CheckResult, PageReport, Verdict, check_pages
+from tiermem.store_collect import unreachable
 from tiermem.store_content import StoreContent
+from tiermem.store_keeper import StoreKeeper
+from tiermem.store_names import KEY_BYTES, GoneReason
 from tiermem.store_reader import StoreReader
 
 SHOWN = 20
@@ -59,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command; returns the exit code."""
     part = Part.TRAILER if options.quick else Part.WHOLE
     with StoreReader(options.store) as reader:
-        outcome = _check(reader, part)
+        outcome = _repair(options.store, part) if options.repair else _check(reader, part)
         if options.json:
             print(json.dumps(to_json(reader, outcome, part), indent=2))
         else:
@@ -82,6 +89,38 @@ def _check(reader: StoreReader, part: Part) -> Outcome:
     finally:
         Progress.clear()
     return Outcome(index_error, content, checked, int(content.forest().is_cut.sum()))
+
+
+def _repair(path: Path, part: Part) -> Outcome:
+    """Check a store that nobody has in use, and take out what is damaged."""
+    try:
+        keeper = StoreKeeper(path)
+    except CorruptPageError as error:
+        return Outcome(str(error), None, None)
+    with keeper:
+        outcome = _check(keeper.reader, part)
+        content, checked = outcome.content, outcome.checked
+        if content is None or checked is None:
+            return outcome
+        bad = [report for report in checked.reports if report.verdict is not Verdict.CHANGED]
+        if bad or outcome.index_error or content.strays:
+            keeper.drop(_reasons(content, bad))
+            keeper.wipe_trailers(np.array([one.slot for one in checked.damaged], dtype=np.int64))
+        return replace(outcome, num_set_aside=len(checked.damaged))
+
+
+def _reasons(content: StoreContent, bad: list[PageReport]) -> dict[int, GoneReason]:
+    """Why which rows are to go: what is damaged or outdated, and all that is found through it."""
+    keys = np.frombuffer(b"".join(report.key for report in bad), dtype=np.uint8)
+    rows = rows_of(keys.reshape(-1, KEY_BYTES), content.keys)
+    lost = np.zeros(len(content), dtype=np.bool_)
+    lost[rows] = True
+    gone = unreachable(content.forest(), content.positions, lost)
+    reasons = dict.fromkeys(np.flatnonzero(gone).tolist(), GoneReason.UNREACHABLE)
+    for row, report in zip(rows.tolist(), bad, strict=True):
+        is_damage = report.verdict.is_damage
+        reasons[row] = GoneReason.QUARANTINED if is_damage else GoneReason.EVICTED
+    return reasons
 
 
 def _progress(done: int, total: int, seconds: float) -> None:
@@ -117,16 +156,15 @@ def lines_of(reader: StoreReader, outcome: Outcome, part: Part, width: int | Non
     if checked is not None:
         lines += [_pages_line(checked, part), *_findings(checked.reports, width)]
     if outcome.num_cut:
-        lines.append(
-            f"{count_of(outcome.num_cut, 'page')} cannot be found: a page before is not stored"
-        )
+        cut = count_of(outcome.num_cut, "page")
+        lines.append(f"{cut} cannot be found, a page before is not stored: `tiermem gc` drops such")
     if outcome.is_well:
         return [*lines, f"{reader.path}: all is well"]
     what = f"{reader.path}: damaged"
     if outcome.num_set_aside is not None:
         what += f"; {count_of(outcome.num_set_aside, 'page')} set aside"
     elif checked is not None and outcome.index_error == "":
-        what += "; no damaged page is ever served"
+        what += "; no damaged page is ever served; `tiermem verify --repair` sets them aside"
     return [*lines, what]
 
 
