@@ -54,14 +54,18 @@ def test_killed_processes_leave_stores_that_lose_and_mix_up_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_flipped_bits_damaged_stores_and_long_use_do_no_harm() -> None:
-    status, summary = torture("--kind", "flip", "--kind", "store", "--kind", "soak", "--cases", "2")
+def test_flipped_bits_damaged_stores_hostile_bytes_and_long_use_do_no_harm() -> None:
+    kinds = [word for kind in ("flip", "store", "soak", "parse") for word in ("--kind", kind)]
+    status, summary = torture(*kinds, "--cases", "2")
     assert_clean(status, summary)
     assert isinstance(summary["flips"], dict)
     assert {"payload", "trailer"} <= summary["flips"].keys()
     assert isinstance(summary["corrupt_found"], int)
     assert summary["corrupt_found"] > 0
     assert total(summary["stores"]) >= 2 * 12
+    assert isinstance(summary["inputs"], dict)
+    assert len(summary["inputs"]) >= 14
+    assert min(summary["inputs"].values()) >= 400
     assert isinstance(summary["disk_samples"], int)
     assert isinstance(summary["disk_share"], float)
     assert summary["disk_samples"] > 10

@@ -30,6 +30,9 @@ MIN_STEP_BYTES = 1 << 20
 STEPS = 64
 """The file is ahead of what was written by up to a STEPSth of a day's bytes, and written as rarely."""
 
+LAST_S = 1e11
+"""Seconds since 1970 that a clock may say."""
+
 _MAGIC = b"tiermemB"
 _RECORD = struct.Struct("<8sqdI")
 
@@ -158,7 +161,7 @@ def _parse(data: bytes) -> tuple[int, float] | None:
     if len(data) != _RECORD.size:
         return None
     magic, left, at_s, crc = _RECORD.unpack(data)
-    if magic != _MAGIC or crc != zlib.crc32(data[:-4]) or not math.isfinite(at_s):
+    if magic != _MAGIC or crc != zlib.crc32(data[:-4]) or not 0 <= at_s <= LAST_S:
         return None
     return left, at_s
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from torture.faults import run_faults
 from torture.flips import run_flips, run_index_flips
 from torture.kills import run_kills
+from torture.parsers import run_parsers
 from torture.process import FAILED, Child
 from torture.soak import run_soak
 from torture.stores import run_stores
@@ -29,6 +30,7 @@ KINDS: dict[str, Run] = {
     "index": run_index_flips,
     "store": run_stores,
     "soak": run_soak,
+    "parse": run_parsers,
 }
 TALLY, TEXT = "tally.json", "error.txt"
 

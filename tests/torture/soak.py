@@ -19,7 +19,10 @@ SOAK_S = 6.0
 """Where nobody says how long."""
 REOPEN_AFTER = 3000
 """Operations, about, until the manager is closed and another one opened."""
-SAMPLE_S = 0.02
+NUM_SAMPLES = 2000
+"""At most; of the memory of this process, they are nothing."""
+DISK_S = 0.02
+"""Between looks at the disk."""
 WARM_SHARE = 0.3
 """Of the samples, from the start, that are left out: caches of interpreter and allocator fill up first."""
 NUM_BLOCKS = 12
@@ -58,7 +61,8 @@ def run_soak(seed: int, where: Path, tally: Tally, seconds: float = SOAK_S) -> N
     rng, path = random.Random(seed), where / "store"
     setting = replace(Setting.made(rng), ssd=rng.randint(40, 120))
     samples, process = Samples(), psutil.Process()
-    end_s, next_s, reopen_at = time.monotonic() + seconds, 0.0, REOPEN_AFTER
+    start_s = time.monotonic()
+    end_s, disk_s, sample_s, reopen_at = start_s + seconds, 0.0, 0.0, REOPEN_AFTER
     actor = Actor(setting.open(path), Prompts.made(rng), rng, tally, strays=True)
     while time.monotonic() < end_s:
         actor.act()
@@ -69,9 +73,11 @@ def run_soak(seed: int, where: Path, tally: Tally, seconds: float = SOAK_S) -> N
             note_disk(path, setting, tally)
             actor.manager = setting.open(path)
             tally.reopened += 1
-        if time.monotonic() >= next_s:
-            next_s = time.monotonic() + SAMPLE_S
+        if time.monotonic() >= disk_s:
+            disk_s = time.monotonic() + DISK_S
             note_disk(path, setting, tally)
+        if time.monotonic() >= sample_s:
+            sample_s = time.monotonic() + max(DISK_S, seconds / NUM_SAMPLES)
             samples.operations.append(tally.operations)
             samples.resident.append(process.memory_info().rss)
     actor.manager.close()
