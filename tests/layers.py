@@ -43,6 +43,8 @@ LAYERS = {
     "forecast": ["tiermem.forecast"],
     "pools": ["tiermem.pools"],
     "store": [
+        "tiermem.cipher",
+        "tiermem.cipher_key",
         "tiermem.disk_budget",
         "tiermem.disk_rates",
         "tiermem.index_image",
@@ -63,6 +65,7 @@ LAYERS = {
         "tiermem.store_records",
         "tiermem.store_transfer",
         "tiermem.store_usage",
+        "tiermem.vault",
     ],
     "prefix": ["tiermem.prefix"],
     "transfer": [
@@ -179,7 +182,8 @@ RESERVED = {
     "transformers": ["tiermem.integrations", "tiermem.cli"],
     "threading": ["tiermem.service"],
     "_thread": ["tiermem.service"],
-    "concurrent": ["tiermem.service"],
+    "concurrent": ["tiermem.service", "tiermem.cipher"],
+    "cryptography": ["tiermem.cipher"],
     "multiprocessing": [],
     "asyncio": ["tiermem.service"],
     "pickle": [],

@@ -18,6 +18,7 @@ from tiermem.attention.host import HostBackend
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, ProductMath
 from tiermem.attention.queued import QueuedAttention
 from tiermem.calibration import Calibration
+from tiermem.cipher_key import find_key
 from tiermem.config import AttentionMath, TierConfig, VerifyRam
 from tiermem.core import Core
 from tiermem.device.protocol import Device, DeviceKind, Memory, Progress
@@ -158,6 +159,7 @@ def open_store(
         config.io_timeout_s,
         options,
         DiskLimits(floor, None if budget is None else budget.num_bytes),
+        find_key(config.ssd_key_file),
     )
 
 

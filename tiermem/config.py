@@ -95,6 +95,8 @@ class TierConfig:
     ssd_free_floor: size (a share is of the file system's size) that is left free on the SSD tier's file system:
         below it the tier neither grows nor writes ahead of need. "auto" is 5 %, at most 1 GiB; 0 for none.
     ssd_write_budget: bytes that may be written to the SSD in a day, against wear; None for no limit.
+    ssd_key_file: private file of a key of 32 bytes with which the SSD tier is encrypted; None takes the key in the
+        environment variable TIERMEM_SSD_KEY, and encrypts nothing where there is none.
     device: "auto", "cpu", "cuda" or "cuda:N".
     gpu_limit: the most bytes of device memory that the hot pool and staging may take together; None for no
         limit but the device's.
@@ -126,6 +128,7 @@ class TierConfig:
     ssd_path: Path | None
     ssd_free_floor: Size
     ssd_write_budget: Size | None
+    ssd_key_file: Path | None
     device: str
     gpu_limit: Size | None
     low_watermark: float
@@ -152,6 +155,7 @@ class TierConfig:
         *,
         ssd_free_floor: SizeLike = "auto",
         ssd_write_budget: SizeLike | None = None,
+        ssd_key_file: str | Path | None = None,
         gpu_limit: SizeLike | None = None,
         low_watermark: float = 0.05,
         high_watermark: float = 0.10,
@@ -175,6 +179,9 @@ class TierConfig:
             "ssd_path": path,
             "ssd_free_floor": Size.parse(ssd_free_floor, "ssd_free_floor", AUTO_FLOOR_FRACTION),
             "ssd_write_budget": _bytes_or_none("ssd_write_budget", ssd_write_budget),
+            "ssd_key_file": None
+            if ssd_key_file is None
+            else check_path("ssd_key_file", ssd_key_file),
             "device": check_device("device", device),
             "gpu_limit": None if gpu_limit is None else Size.parse(gpu_limit, "gpu_limit"),
             "low_watermark": check_number("low_watermark", low_watermark, 0, 1),

@@ -244,7 +244,10 @@ class TierManager:
             failed_transfers=core.in_flight.num_failed,
             corrupt_pages=sum(core.mover.quarantine.num_corrupt.values()),
             staging_device_bytes=core.ring.device_bytes + self._device.staging_bytes,
-            staging_host_bytes=core.ring.host_bytes + core.mover.staging_bytes + core.mover.sums.num_bytes,
+            staging_host_bytes=core.ring.host_bytes
+            + core.mover.staging_bytes
+            + core.mover.sums.num_bytes
+            + (self._store.staging_bytes if self._store else 0),
             device_used_bytes=info.total_bytes - info.free_bytes,
             device_total_bytes=info.total_bytes,
             rss_bytes=psutil.Process().memory_info().rss,

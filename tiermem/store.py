@@ -26,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
+from tiermem.cipher import CIPHER_NAME, Seal
+from tiermem.cipher_key import SecretKey
 from tiermem.disk_budget import DiskGuard, DiskLimits
 from tiermem.disk_rates import DiskOptions, open_engine
 from tiermem.errors import ConfigError, TransferError
@@ -42,6 +44,7 @@ from tiermem.store_files import (
 from tiermem.store_format import (
     TRAILER_BYTES,
     PageName,
+    checksum_words,
     pack_trailers,
     parse_trailers,
 )
@@ -56,6 +59,7 @@ from tiermem.store_transfer import (
     tail_addresses,
     tail_rows,
 )
+from tiermem.vault import Vault
 
 __all__ = ["INDEX_BYTES", "INDEX_BYTES_PER_SLOT", "ColdStore", "StoreTransfer", "StoredPages"]
 
@@ -90,11 +94,12 @@ class ColdStore:
     options: how the engine moves bytes, as measured on this disk, in place of `io_engine`; without it, and
         where the kernel refuses what was measured, the engine's own choice.
     limits: what is to be left free on the disk, and written to it in a day; none if not given.
+    key: encrypts everything that pages hold; a store is made with one or without, and stays so.
 
     Raises
     ------
     ConfigError: the path is not a store, not writable, owned by another process, written with another layout
-        or version, too small for one page, or the file system lacks the space.
+        version or key, too small for one page, or the file system lacks the space.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class ColdStore:
         timeout_s: float,
         options: DiskOptions | None = None,
         limits: DiskLimits | None = None,
+        key: SecretKey | None = None,
     ) -> None:
         self.path = Path(path)
         self.layout = layout
@@ -116,9 +122,10 @@ class ColdStore:
             raise ConfigError(
                 f"ssd={cap_bytes}: one page and its index take at least {cap_of(layout, 1)} bytes"
             )
+        self._vault = None if key is None else Vault(key, layout)
         self._directory, self._lock = claim(self.path)
         try:
-            check_or_write_header(self._directory, layout)
+            check_or_write_header(self._directory, layout, key.key_id if key else b"")
             num_there = self._directory.size_of("slots") // self.slot_stride
             self._file = open_slots(self._directory, self.slot_stride * self.num_slots)
             self._index = self._open_index(num_there)
@@ -128,6 +135,8 @@ class ColdStore:
         except BaseException:
             os.close(self._lock)
             self._directory.close()
+            if self._vault is not None:
+                self._vault.close()
             raise
         self._engine = _open_engine(ENGINE_KINDS[io_engine], options)
         self._registered: list[tuple[int, int]] = []
@@ -155,10 +164,19 @@ class ColdStore:
         tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
         self.guard.note_written(len(slots) * self.slot_stride)
         transfer = StoreTransfer(self._engine, slots, addresses, tails, self.timeout_s)
+        sources = addresses.copy()
         for places in parts_of(slots, self.layout.slot_bytes):
             found = self._sums_at(addresses[places]) if sums is None else sums[places]
+            if self._vault is not None:
+                try:
+                    sources[places] = self._vault.encrypt_pages(
+                        transfer, slots[places], addresses[places]
+                    )
+                except TransferError as error:
+                    transfer.refuse(error)
+                    break
             self._fill_trailers(tails, places, slots, names, found)
-            operations = self._operations(slots, addresses, tails, places)
+            operations = self._operations(slots, sources, tails, places)
             transfer.start_part(self._engine.submit_write, operations, places)
         return transfer
 
@@ -167,7 +185,9 @@ class ColdStore:
         tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
 
         def check(places: _Int64s) -> NDArray[np.bool_]:
-            stored, same = self._parse_tails(slots[places], tail_rows(tails)[places])
+            stored, same, seals = self._parse_tails(slots[places], tail_rows(tails)[places])
+            if self._vault is not None:
+                same &= self._vault.decrypt_pages(seals, addresses[places])
             transfer.sums[places] = stored
             equal: NDArray[np.bool_] = (stored == self._sums_at(addresses[places])).all(axis=1)
             return same & equal
@@ -195,10 +215,13 @@ class ColdStore:
         self._load_layer_sums(slots)
 
         def check(places: _Int64s) -> NDArray[np.bool_]:
+            good = np.ones(len(places), dtype=np.bool_)
+            if self._vault is not None:
+                good = self._vault.decrypt_layer(slots[places], layer, addresses[places])
             sums = _core.checksum_pages(addresses[places], self.layout.layer_bytes, 1)[:, 0]
             stored = [self._layer_sums.get(slot) for slot in slots[places].tolist()]
             same = [row is not None and row[layer] == sums[i] for i, row in enumerate(stored)]
-            return np.array(same, dtype=np.bool_)
+            return good & np.array(same, dtype=np.bool_)
 
         transfer = StoreTransfer(self._engine, slots, addresses, None, self.timeout_s, check)
         for places in parts_of(slots, self.layout.layer_bytes):
@@ -214,9 +237,14 @@ class ColdStore:
         """Write one layer of pages that are being filled, and wait."""
         self.guard.note_written(len(slots) * self.layout.layer_bytes)
         transfer = StoreTransfer(self._engine, slots, addresses, None, self.timeout_s)
-        every = np.arange(len(slots))
-        operations = self._slices(slots, layer, addresses, every)
-        transfer.start_part(self._engine.submit_write, operations, every)
+        sources = addresses.copy()
+        for places in parts_of(slots, self.layout.layer_bytes):
+            if self._vault is not None:
+                sources[places] = self._vault.encrypt_layer(
+                    transfer, slots[places], layer, addresses[places]
+                )
+            operations = self._slices(slots, layer, sources, places)
+            transfer.start_part(self._engine.submit_write, operations, places)
         transfer.wait()
         transfer.poll()
 
@@ -343,9 +371,14 @@ class ColdStore:
     @property
     def io_kind(self) -> str:
         """The I/O engine in use, and whether it goes around the page cache."""
-        return (
-            f"{self._engine.kind.name.lower()}, {'direct' if self._file.is_direct else 'buffered'}"
-        )
+        way = "direct" if self._file.is_direct else "buffered"
+        sealed = f", {CIPHER_NAME}" if self._vault is not None else ""
+        return f"{self._engine.kind.name.lower()}, {way}{sealed}"
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory reserved for what is being encrypted."""
+        return 0 if self._vault is None else self._vault.staging_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -363,6 +396,8 @@ class ColdStore:
             self._engine.close(self.timeout_s)
             self._index.close()
             self._file.close()
+            if self._vault is not None:
+                self._vault.close()
             self._directory.close()
             os.close(self._lock)
             self._lock = -1
@@ -388,20 +423,27 @@ class ColdStore:
         first = self._next_generation
         self._next_generation += len(places)
         chosen = [names[place] for place in places]
-        tail_rows(tails)[places] = pack_trailers(self.layout, chosen, first, sums)
+        raw = pack_trailers(self.layout, chosen, first, sums)
+        if self._vault is not None:
+            self._vault.seal_trailers(raw, slots[places])
+        tail_rows(tails)[places] = raw
         self._index.generations[slots[places]] = np.arange(
             first, self._next_generation, dtype=np.uint64
         )
-        self._index.checksums[slots[places]] = roots_of(sums)
+        self._index.checksums[slots[places]] = roots_of(checksum_words(self.layout, raw))
         for slot in slots[places].tolist():
             self._layer_sums.pop(slot, None)
 
     def _parse_tails(
         self, slots: _Int64s, raw: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-        """The layers' checksums in trailers read from `slots`, and which are those that were written."""
+    ) -> tuple[NDArray[np.uint64], NDArray[np.bool_], list[Seal | None]]:
+        """The checksums in trailers read from `slots`, which of them are what was written, and their seals."""
         stored, same = parse_trailers(self.layout, self._index.generations[slots], raw)
-        return stored, same & (roots_of(stored) == self._index.checksums[slots])
+        same &= roots_of(stored) == self._index.checksums[slots]
+        if self._vault is None:
+            return stored, same, []
+        stored, seals = self._vault.open_trailers(raw)
+        return stored, same & np.array([seal is not None for seal in seals]), seals
 
     def _load_layer_sums(self, slots: _Int64s) -> None:
         """Read the trailers of the slots whose layers' checksums are not known yet."""
@@ -421,10 +463,12 @@ class ColdStore:
             tail_addresses(tails),
             lengths,
         )
-        stored, same = self._parse_tails(new, tail_rows(tails))
-        for slot, sums, is_good in zip(new.tolist(), stored.copy(), same, strict=True):
-            if is_good:
+        stored, same, seals = self._parse_tails(new, tail_rows(tails))
+        for i, (slot, sums) in enumerate(zip(new.tolist(), stored.copy(), strict=True)):
+            if same[i]:
                 self._layer_sums[slot] = sums
+                if self._vault is not None:
+                    self._vault.know(slot, seals[i])
 
     def _sums_at(self, addresses: _Int64s) -> NDArray[np.uint64]:
         return _core.checksum_pages(addresses, self.layout.layer_bytes, self.layout.num_layers)

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
+from tiermem.cipher_key import KEY_VARIABLE
+from tiermem.errors import ConfigError
 from tiermem.slot_scan import Batch, Part, SlotScan
 from tiermem.store_chains import NO_PAGE, Int64s, rows_of
 from tiermem.store_content import StoreContent
@@ -97,7 +99,13 @@ def check_pages(
     ------
     TransferError: the disk did not answer in time.
     CorruptPageError: the index could not be read again.
+    ConfigError: all bytes are wanted of an encrypted store whose key the environment does not have.
     """
+    if part is Part.WHOLE and not reader.can_read_pages:
+        raise ConfigError(
+            f"{reader.path}: its pages are encrypted with the key {reader.key_id}: give it in {KEY_VARIABLE}, or "
+            f"look at the trailers alone (--quick)"
+        )
     start_s = time.monotonic()
     reports = []
     done = 0
@@ -114,9 +122,13 @@ def check_pages(
 
 
 def check_page(reader: StoreReader, content: StoreContent, row: int) -> PageReport | None:
-    """Look at all bytes of one page; None where it is intact. Raises as `check_pages`."""
+    """Look at all bytes of one page; None where it is intact. Raises as `check_pages`.
+
+    Of a page that is encrypted with a key that is not there, at its trailer.
+    """
     rows = np.array([row], dtype=np.int64)
-    return next(iter(check_pages(reader, content, rows, Part.WHOLE).reports), None)
+    part = Part.WHOLE if reader.can_read_pages else Part.TRAILER
+    return next(iter(check_pages(reader, content, rows, part).reports), None)
 
 
 def _look(
@@ -146,8 +158,7 @@ def _judge(
     stored = records["checksums"][:, : reader.layout.num_layers]
     verdicts = np.zeros(len(rows), dtype=np.uint8)
     if batch.payloads.shape[1]:
-        same = (_sums(reader, batch) == stored).all(axis=1)
-        verdicts[~same] = Verdict.PAYLOAD
+        verdicts[~_payloads_fit(reader, batch, stored)] = Verdict.PAYLOAD
     fits = (roots_of(stored) == entries["checksum"]) & _names_fit(content, rows, records)
     verdicts[~fits] = Verdict.MISMATCH
     verdicts[records["generation"] < entries["generation"]] = Verdict.MISMATCH
@@ -155,6 +166,26 @@ def _judge(
     verdicts[~sound] = Verdict.TRAILER
     verdicts[list(batch.errors)] = Verdict.UNREADABLE
     return verdicts
+
+
+def _payloads_fit(
+    reader: StoreReader, batch: Batch, stored: NDArray[np.uint64]
+) -> NDArray[np.bool_]:
+    """Which pages have the checksums of their trailers; encrypted ones are decrypted where they lie."""
+    if reader.cipher is None:
+        same: NDArray[np.bool_] = (_sums(reader, batch) == stored).all(axis=1)
+        return same
+    stored, seals = reader.cipher.open_trailers(batch.tails)
+    layers = range(reader.layout.num_layers)
+    good = reader.cipher.decrypt(seals, layers, _addresses(batch.payloads))
+    good &= (_sums(reader, batch) == stored).all(axis=1)
+    return good
+
+
+def _addresses(payloads: NDArray[np.uint8]) -> Int64s:
+    first = payloads.__array_interface__["data"][0]
+    addresses: Int64s = first + np.arange(len(payloads), dtype=np.int64) * payloads.strides[0]
+    return addresses
 
 
 def _names_fit(content: StoreContent, rows: Int64s, records: NDArray[np.void]) -> NDArray[np.bool_]:
@@ -176,9 +207,7 @@ def _names_fit(content: StoreContent, rows: Int64s, records: NDArray[np.void]) -
 
 def _sums(reader: StoreReader, batch: Batch) -> NDArray[np.uint64]:
     """The checksum of each layer of each page, (pages, layers)."""
-    payloads = batch.payloads
-    first = payloads.__array_interface__["data"][0]
-    addresses = first + np.arange(len(payloads), dtype=np.int64) * payloads.strides[0]
+    addresses = _addresses(batch.payloads)
     return _core.checksum_pages(addresses, reader.layout.layer_bytes, reader.layout.num_layers)
 
 
@@ -188,7 +217,7 @@ def _report(
 ) -> PageReport:  # fmt: skip
     row, verdict = int(rows[place]), Verdict(int(verdicts[place]))
     layers: tuple[int, ...] = ()
-    if verdict is Verdict.PAYLOAD:
+    if verdict is Verdict.PAYLOAD and reader.cipher is None:
         records, _ = sound_trailers(reader.layout, batch.tails[place : place + 1])
         one = Batch(batch.slots[:1], batch.payloads[place : place + 1], batch.tails[:1], {})
         stored = records["checksums"][0, : reader.layout.num_layers]

@@ -97,14 +97,16 @@ def _lock(directory: PrivateDirectory) -> int:
     return lock
 
 
-def check_or_write_header(directory: PrivateDirectory, layout: PageLayout) -> None:
+def check_or_write_header(
+    directory: PrivateDirectory, layout: PageLayout, key_id: bytes = b""
+) -> None:
     """Check the header of the store in `directory`, or write one where there is none."""
     try:
         text = directory.read("header.json", MAX_HEADER_BYTES)
     except FileNotFoundError:
-        directory.replace("header.json", pack_header(layout), durable=True)
+        directory.replace("header.json", pack_header(layout, key_id), durable=True)
         return
-    check_header(str(directory.path), text, layout)
+    check_header(str(directory.path), text, layout, key_id)
 
 
 def open_slots(directory: PrivateDirectory, num_bytes: int) -> _core.BlockFile:

@@ -1,7 +1,8 @@
 """What the store's bytes on disk look like: the header and a page's trailer (the index: `store_records`).
 
 ``header.json``: a JSON object with ``format``, ``version``, ``layout`` (its fingerprint, hex) with the numbers it
-is made of, and ``checksum``, over everything else in it.
+is made of, ``cipher_key`` (which key the store is encrypted with, "" for none), and ``checksum``, over everything
+else in it.
 
 ``slots``: slot s starts at s x (slot_bytes + 4,096): the page, padded to `slot_bytes`, then its trailer. All
 numbers are little-endian::
@@ -20,11 +21,12 @@ numbers are little-endian::
        176      8  fingerprint of the salt (zeros: none)
        184      4  shard
        188      4  number of shards
-       192      4  cipher: 0 for none
+       192      4  cipher: 0 for none, 1 for AES-256-GCM (`cipher`)
        196     16  id of the cipher's key
-       212     12  nonce
-       224     16  tag
-       240   3584  a checksum of 8 bytes for each layer, as many as there are
+       212     12  random bits of this write, which its key comes from
+       224     16  tag: of bytes 0 to 224, of the layers' tags, and of the encrypted checksums
+       240   3584  a checksum of 8 bytes for each layer, as many as there are, encrypted where there is a cipher;
+                   behind them, where there is one, a tag of 16 bytes for each layer
       3824    268  zeros
       4092      4  CRC-32 of the 4,092 bytes before
 
@@ -57,8 +59,8 @@ from tiermem.store_names import (
 
 __all__ = [
     "FORMAT_VERSION", "KEY_BYTES", "MAX_HEADER_BYTES", "NO_ROOT", "TRAILER", "TRAILER_BYTES", "UNNAMED",
-    "ChainRoot", "PageName", "check_header", "header_layout", "names_in", "pack_header", "pack_trailer",
-    "pack_trailers", "parse_trailer", "parse_trailers", "sound_trailers",
+    "ChainRoot", "PageName", "check_header", "checksum_words", "header_key_id", "header_layout", "names_in",
+    "pack_header", "pack_trailer", "pack_trailers", "parse_trailer", "parse_trailers", "sound_trailers",
 ]  # fmt: skip
 
 FORMAT_NAME = "tiermem-store"
@@ -100,13 +102,14 @@ assert TRAILER.itemsize == TRAILER_BYTES
 # ---- the header ------------------------------------------------------------------------------------------
 
 
-def pack_header(layout: PageLayout) -> bytes:
-    """The text of header.json."""
+def pack_header(layout: PageLayout, key_id: bytes = b"") -> bytes:
+    """The text of header.json; `key_id` of an encrypted store."""
     header: dict[str, Any] = {
         "format": FORMAT_NAME,
         "version": FORMAT_VERSION,
         "layout": layout.fingerprint().hex(),
         **{name: getattr(layout, name) for name in _LAYOUT_FIELDS},
+        "cipher_key": key_id.hex(),
     }
     header["checksum"] = _header_checksum(header)
     return (json.dumps(header, indent=2) + "\n").encode()
@@ -141,9 +144,15 @@ def header_layout(path: str, text: bytes) -> PageLayout:
     return layout
 
 
-def check_header(path: str, text: bytes, layout: PageLayout) -> None:
-    """Raise ConfigError unless `text` is the header of a store of this version and `layout`."""
+def header_key_id(text: bytes) -> str:
+    """Which key the store of this sound header is encrypted with, in hexadecimal; "" for none."""
+    return str(json.loads(text).get("cipher_key") or "")
+
+
+def check_header(path: str, text: bytes, layout: PageLayout, key_id: bytes = b"") -> None:
+    """Raise ConfigError unless `text` is the header of a store of this version, `layout` and key."""
     stored = header_layout(path, text)
+    _check_key(path, header_key_id(text), key_id.hex())
     if stored != layout:
         there = ", ".join(f"{name}={getattr(stored, name)!r}" for name in _LAYOUT_FIELDS)
         here = ", ".join(f"{name}={getattr(layout, name)!r}" for name in _LAYOUT_FIELDS)
@@ -151,6 +160,18 @@ def check_header(path: str, text: bytes, layout: PageLayout) -> None:
             f"ssd_path={path!r}: written with another page layout ({there}), this one is "
             f"({here}); choose another directory"
         )
+
+
+def _check_key(path: str, there: str, here: str) -> None:
+    if there == here:
+        return
+    if not there:
+        problem = "is not encrypted, and a key is given (ssd_key_file, TIERMEM_SSD_KEY)"
+    elif not here:
+        problem = f"is encrypted with the key {there}: give it (ssd_key_file, TIERMEM_SSD_KEY)"
+    else:
+        problem = f"is encrypted with the key {there}, and {here} is given"
+    raise ConfigError(f"ssd_path={path!r}: {problem}; or choose another directory")
 
 
 def _header_checksum(header: dict[str, Any]) -> str:
@@ -208,6 +229,12 @@ def sound_trailers(
         & (records["crc"] == _crcs(raw))
     )
     return records, sound
+
+
+def checksum_words(layout: PageLayout, raw: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The checksums in trailers of `layout`, (pages, layers), as they are there: encrypted or not."""
+    words: NDArray[np.uint64] = raw.view(TRAILER)[:, 0]["checksums"][:, : layout.num_layers]
+    return words
 
 
 def parse_trailers(

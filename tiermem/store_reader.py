@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import TypeVar
 
 from tiermem import _core
+from tiermem.cipher import StoreCipher
+from tiermem.cipher_key import find_key
 from tiermem.errors import ConfigError, CorruptPageError
 from tiermem.index_image import IndexImage, image_of
 from tiermem.index_pages import IndexPages
@@ -23,7 +25,7 @@ from tiermem.layout import PageLayout
 from tiermem.private_files import PrivateDirectory
 from tiermem.store_content import StoreContent
 from tiermem.store_files import INDEX_FILE
-from tiermem.store_format import MAX_HEADER_BYTES, TRAILER_BYTES, header_layout
+from tiermem.store_format import MAX_HEADER_BYTES, TRAILER_BYTES, header_key_id, header_layout
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _DIRECTORY = _READ | os.O_DIRECTORY
@@ -42,7 +44,8 @@ class StoreReader:
     """The store in the directory `path`.
 
     layout: of every page in it. slot_stride: bytes of one slot with its trailer. num_slots: whole slots in
-    the slot file when the reader was made.
+    the slot file when the reader was made. key_id: of an encrypted store, else "". cipher: decrypts its pages
+    where the environment has the key; else None.
 
     Raises
     ------
@@ -54,13 +57,14 @@ class StoreReader:
         self.path = path
         self._directory = _open(path)
         try:
-            self.layout = self._read_layout()
+            self.layout, self.key_id = self._read_header()
             self.slot_stride = self.layout.slot_bytes + TRAILER_BYTES
             self.slots = self._open_slots()
         except BaseException:
             self._directory.close()
             raise
         self.num_slots = self.slots.size_bytes // self.slot_stride
+        self.cipher = self._find_cipher()
 
     def __enter__(self) -> StoreReader:
         return self
@@ -77,6 +81,8 @@ class StoreReader:
         """Let go of the store; a second call does nothing."""
         self.slots.close()
         self._directory.close()
+        if self.cipher is not None:
+            self.cipher.close()
 
     @property
     def directory(self) -> PrivateDirectory:
@@ -160,7 +166,18 @@ class StoreReader:
 
     # ---- inside ------------------------------------------------------------------------------------
 
-    def _read_layout(self) -> PageLayout:
+    @property
+    def can_read_pages(self) -> bool:
+        """Whether what is in the pages can be told: not without the key of an encrypted store."""
+        return not self.key_id or self.cipher is not None
+
+    def _find_cipher(self) -> StoreCipher | None:
+        key = find_key(None) if self.key_id else None
+        if key is None or key.key_id.hex() != self.key_id:
+            return None
+        return StoreCipher(key, self.layout)
+
+    def _read_header(self) -> tuple[PageLayout, str]:
         place = self._directory.descriptor
         try:
             header = _open_file("header.json", place, self.path / "header.json")
@@ -170,7 +187,8 @@ class StoreReader:
                 f"ssd_path or --ssd-path"
             ) from None
         with os.fdopen(header, "rb") as file:
-            return header_layout(str(self.path), file.read(MAX_HEADER_BYTES))
+            text = file.read(MAX_HEADER_BYTES)
+        return header_layout(str(self.path), text), header_key_id(text)
 
     def _open_slots(self) -> _core.BlockFile:
         os.close(_open_file("slots", self._directory.descriptor, self.path / "slots"))

@@ -76,6 +76,15 @@ class StoreTransfer:
         except OSError as error:
             self._error = _refused(error)
 
+    def refuse(self, error: TransferError) -> None:
+        """What was to be submitted cannot be: the transfer fails, once the parts before have ended."""
+        self._error = self._error or error
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no part that was submitted is on its way any more, as far as `poll` and `wait` have seen."""
+        return self._num_ended == len(self._parts)
+
     def poll(self) -> bool:
         """Whether all parts have ended; raises TransferError then if one failed."""
         while self._num_ended < len(self._parts):
