@@ -99,6 +99,7 @@ LAYERS = {
     "manager": [
         "tiermem.build",
         "tiermem.graphs",
+        "tiermem.pieces",
         "tiermem.limits",
         "tiermem.manager",
         "tiermem.pressure",

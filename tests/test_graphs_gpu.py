@@ -172,6 +172,72 @@ def test_a_failed_capture_leaves_torch_as_it_was(manager: TierManager) -> None:
         assert decoding.num_graphs == 1
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_steps_larger_than_the_hot_tier_are_replayed_in_pieces(share: float) -> None:
+    config = TierConfig(
+        device="cuda",
+        gpu=24 * LAYOUT.slot_bytes,
+        ram=600 * LAYOUT.slot_bytes,
+        ssd=0,
+        cpu_share=share,
+    )
+    with TierManager(LAYOUT, config) as manager:
+        manager._core.hot.data.fill_(float("nan"))
+        texts = [Text(manager, seed) for seed in range(2)]
+        for text, tokens in zip(texts, (700, 333), strict=True):
+            prefill(manager, text, tokens)
+        decoding = CapturedDecode(manager, body)
+        for i in range(40):
+            decode(decoding, texts if i % 3 else texts[:1])
+        assert (decoding.num_graphs, decoding.num_pieces) == (0, 2)
+        for text in texts:
+            k, v = text.sequence.read(2, 0, text.sequence.num_tokens)
+            assert torch.equal(k, text.k[2, : text.sequence.num_tokens])
+            assert torch.equal(v, text.v[2, : text.sequence.num_tokens])
+
+
+def test_sequences_that_outgrow_the_hot_tier_go_on_in_pieces() -> None:
+    config = TierConfig(
+        device="cuda", gpu=40 * LAYOUT.slot_bytes, ram=600 * LAYOUT.slot_bytes, ssd=0
+    )
+    with TierManager(LAYOUT, config) as manager:
+        manager._core.hot.data.fill_(float("nan"))
+        text = Text(manager, 5)
+        prefill(manager, text, 500)
+        decoding = CapturedDecode(manager, body)
+        for _ in range(200):
+            decode(decoding, [text])
+        assert decoding.num_graphs > 0
+        assert decoding.num_pieces == 1
+
+
+def test_what_cannot_be_captured_in_pieces_runs_as_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def with_mass(step: Step, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        outs = []
+        for layer in range(LAYOUT.num_layers):
+            step.append(layer, k[layer], v[layer])
+            outs.append(step.attend_with_mass(layer, q)[0])
+        return torch.stack(outs)
+
+    config = TierConfig(
+        device="cuda", gpu=24 * LAYOUT.slot_bytes, ram=600 * LAYOUT.slot_bytes, ssd=0
+    )
+    with TierManager(LAYOUT, config) as manager:
+        text = Text(manager, 1)
+        prefill(manager, text, 700)
+        decoding = CapturedDecode(manager, with_mass)
+        with caplog.at_level(logging.WARNING, logger="tiermem"):
+            for _ in range(5):
+                decode(decoding, [text])
+        assert decoding.num_pieces == 0
+        assert sum("not captured in pieces" in record.message for record in caplog.records) == 1
+        before = torch.cuda.current_stream()
+        assert torch.randn(1000, device="cuda").std() > 0.5
+        assert torch.cuda.current_stream() == before
+
+
 def test_graphs_can_be_switched_off() -> None:
     config = TierConfig(
         device="cuda", gpu=40 * LAYOUT.slot_bytes, ram=0, ssd=0, decode_graphs="off"

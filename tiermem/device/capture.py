@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -36,6 +37,57 @@ def capture(
     except BaseException:
         torch.cuda.set_stream(before)
         _leave_capture(before.device, memory)
+        raise
+
+
+class GraphSplitter:
+    """Records what a stream is given into one graph after another, which share memory; made by `capture_split`."""
+
+    def __init__(self, pool: Any) -> None:
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool = pool
+
+    def begin(self) -> None:
+        """What is given from now on goes into a graph of its own."""
+        self.graphs.append(torch.cuda.CUDAGraph())
+        # As in `torch.cuda.graph`: what other threads do must not end up in it.
+        self.graphs[-1].capture_begin(pool=self._pool, capture_error_mode="global")
+
+    def end(self) -> None:
+        """The graph is complete; until `begin` nothing is recorded.
+
+        Raises
+        ------
+        RuntimeError: what was done cannot be captured.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            self.graphs[-1].capture_end()
+
+
+@contextmanager
+def capture_split(pool: Any) -> Iterator[GraphSplitter]:
+    """As `capture`, into graphs that the block itself begins and ends; the last one ends with the block.
+
+    Between two graphs the block may allocate memory, but what it gives the device runs at once.
+
+    Raises
+    ------
+    RuntimeError: what was done cannot be captured.
+    """
+    before = torch.cuda.current_stream()
+    splitter = GraphSplitter(pool)
+    torch.cuda.synchronize(before.device)
+    try:
+        with torch.cuda.stream(torch.cuda.graph(torch.cuda.CUDAGraph()).capture_stream):
+            splitter.begin()
+            yield splitter
+            splitter.end()
+    except BaseException:
+        with suppress(RuntimeError):  # it may have ended, or be broken
+            splitter.end()
+        torch.cuda.set_stream(before)
+        _leave_capture(before.device, pool)
         raise
 
 
