@@ -134,14 +134,14 @@ class CapturedDecode(Generic[Result]):
         self, step: Step, key: tuple[object, ...], inputs: tuple[torch.Tensor, ...]
     ) -> Result:
         pieces = self._pieces.pop(key, None)
-        if pieces is None:
+        if pieces is None and self._can_split:
             try:
                 pieces = record(self._body, inputs, self._pool())
-            except (
-                RuntimeError
-            ) as error:  # what torch raises for work that a capture does not allow
-                self._give_up(error)
-                return self._body(step, *inputs)
+            except RuntimeError as error:  # what a capture does not allow
+                self._can_split = False
+                log.warning("decode steps are not captured in pieces: %s", error)
+        if pieces is None:
+            return self._body(step, *inputs)
         self._pieces[key] = pieces
         _write(pieces.inputs, inputs)
         result = pieces.replay(step)
