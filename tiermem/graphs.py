@@ -105,7 +105,9 @@ class CapturedDecode(Generic[Result]):
             shapes = tuple((value.shape, value.dtype) for value in inputs)
             tables = step.resident_tables
             kind = (tables is None, *shapes)
-            if not self._can_capture or kind not in self._warm:
+            if not self._can_capture:
+                return self._body(step, *inputs)
+            if kind not in self._warm:
                 # As it is, so that every kernel is compiled and loaded before the capture.
                 self._warm.add(kind)
                 return self._body(step, *inputs)
