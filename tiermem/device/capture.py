@@ -81,11 +81,14 @@ def capture_split(pool: Any) -> Iterator[GraphSplitter]:
     try:
         with torch.cuda.stream(torch.cuda.graph(torch.cuda.CUDAGraph()).capture_stream):
             splitter.begin()
-            yield splitter
+            try:
+                yield splitter
+            except BaseException:
+                with suppress(RuntimeError):  # on the stream where it began
+                    splitter.end()
+                raise
             splitter.end()
     except BaseException:
-        with suppress(RuntimeError):  # it may have ended, or be broken
-            splitter.end()
         torch.cuda.set_stream(before)
         _leave_capture(before.device, pool)
         raise
