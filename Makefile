@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-native test-gpu torture check format sanitize clean
+.PHONY: help setup build demo test test-native test-gpu torture fuzz check format sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -70,6 +70,10 @@ torture: $(BUILT) ## the fault suite for MINUTES=20: kills, failing disks, flipp
 	$(call need,lmdb)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m torture --minutes $(or $(MINUTES),20) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(KIND),--kind $(KIND)) $(if $(CASE),--case $(CASE)) $(if $(SAVE),--save $(SAVE))
+
+fuzz: $(BUILT) ## every parser of tiermem with coverage-guided inputs for MINUTES=10, where atheris is installed
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m torture.fuzz --minutes $(or $(MINUTES),10) \
+	  $(if $(CORPUS),--corpus $(CORPUS))
 
 check: $(BUILT) ## format, lint, strict types, import layers
 	$(call need,ruff mypy pytest)

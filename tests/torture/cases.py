@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torture.faults import run_faults
-from torture.flips import run_flips, run_index_flips
+from torture.flips import run_flips, run_index_flips, run_memory_flips
 from torture.kills import run_kills
 from torture.parsers import run_parsers
 from torture.process import FAILED, Child
@@ -27,6 +27,7 @@ KINDS: dict[str, Run] = {
     "kill": run_kills,
     "fault": run_faults,
     "flip": run_flips,
+    "memory": run_memory_flips,
     "index": run_index_flips,
     "store": run_stores,
     "soak": run_soak,

@@ -5,20 +5,26 @@ A flipped bit is never served: the chains that it cuts end before it, and every 
 
 from __future__ import annotations
 
+import ctypes
 import random
 from pathlib import Path
 
 from world import LAYOUT
 
+from tiermem import TransferError
+from tiermem.pools import VALID, Tier
 from tiermem.store_format import TRAILER_BYTES
 from torture.actor import Actor
 from torture.built import Built
+from torture.content import Prompts
 from torture.life import num_intact
+from torture.setting import AMPLE, Setting
 from torture.tally import Tally, ViolationError
 
 ROUNDS = 6
 """Copies of one store that are damaged; each in up to FLIPS slots."""
 FLIPS = 40
+MEMORY_OPERATIONS = 120
 STRIDE = LAYOUT.slot_bytes + TRAILER_BYTES
 TRAILER_FIELDS_BYTES = 512
 """Of a trailer, from its start: about what has a meaning; the rest of its bits are flipped as well."""
@@ -103,3 +109,40 @@ def damage_index(path: Path, rng: random.Random, tally: Tally) -> None:
         )
     path.write_bytes(data)
     tally.flips[kind] += 1
+
+
+def run_memory_flips(seed: int, where: Path, tally: Tally) -> None:
+    """Flip bits of pages in pinned memory while they are worked with: a miss or an error, never a wrong byte."""
+    rng = random.Random(seed)
+    setting = Setting(
+        gpu=rng.choice([3, 6]),
+        ram=rng.choice([12, 40]),
+        ssd=rng.choice([20, AMPLE]),
+        cpu_share=rng.choice([0.0, 0.5, 1.0]),
+        verify_ram="always",
+    )
+    manager = setting.open(where / "store")
+    expected = (TransferError,)
+    actor = Actor(manager, Prompts.made(rng), rng, tally, strays=True, expected=expected)
+    for _ in range(MEMORY_OPERATIONS):
+        if rng.random() < 0.25:
+            flip_memory(actor, tally)
+        actor.act()
+    actor.drop_damaged()
+    tally.corrupt_found += manager.stats().corrupt_pages
+    manager.close()
+
+
+def flip_memory(actor: Actor, tally: Tally) -> None:
+    """Flip one bit of the RAM copy of some page of some sequence, where there is one."""
+    known = actor.pick()
+    if known is None:
+        return
+    core = actor.manager._core
+    pages = known.sequence.pages
+    slots = core.table.slots(pages, Tier.RAM)[core.table.states(pages, Tier.RAM) == VALID]
+    if len(slots) and Tier.RAM in core.pools:
+        address = int(core.pools[Tier.RAM].addresses(slots)[actor.rng.randrange(len(slots))])
+        place = ctypes.c_uint8.from_address(address + actor.rng.randrange(LAYOUT.page_bytes))
+        place.value ^= 1 << actor.rng.randrange(8)
+        tally.flips["memory"] += 1

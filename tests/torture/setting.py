@@ -24,6 +24,7 @@ class Setting:
     engine: str = "threads"
     timeout_s: float = 10.0
     cpu_share: float | None = None
+    verify_ram: str = "sample"
 
     @classmethod
     def made(cls, rng: random.Random) -> Setting:
@@ -61,6 +62,7 @@ class Setting:
             high_watermark=0.4,
             cpu_threads=1,
             cpu_share=self.cpu_share,
+            verify_ram=self.verify_ram,
         )
 
     def open(self, path: Path) -> TierManager:

@@ -114,6 +114,7 @@ def run_stores(seed: int, where: Path, tally: Tally) -> None:
     """Copies of one store, each damaged in one way and opened twice; then many processes want one."""
     rng = random.Random(seed)
     built = Built.made(rng, where / "built")
+    show_no_salt(built)
     for _ in range(ROUNDS):
         path = built.copied(where / "copy")
         damage = rng.choice(DAMAGES)
@@ -127,6 +128,14 @@ def run_stores(seed: int, where: Path, tally: Tally) -> None:
         elif not open_and_read(built, path, rng, tally):
             raise ViolationError(f"{damage.__name__}: the store was opened once, then refused")
     open_at_once(built, where / "built", tally)
+
+
+def show_no_salt(built: Built) -> None:
+    """The salts of what is stored are in no file of it."""
+    for file in built.path.rglob("*"):
+        data = file.read_bytes() if file.is_file() else b""
+        if any(chain.salt and chain.salt in data for chain in built.chains):
+            raise ViolationError(f"{file.name} shows a salt")
 
 
 def open_and_read(built: Built, path: Path, rng: random.Random, tally: Tally) -> bool:
