@@ -167,3 +167,15 @@ def test_what_is_refused(device: Device) -> None:
 
 class CpuDeviceStream:
     """No stream of any device."""
+
+
+def test_what_inference_mode_has_made_works_outside_it(device: Device) -> None:
+    """Streams run late, whatever the mode is then."""
+    pages = Pages(device, 1024)
+    with torch.inference_mode():
+        slices = pages.slices()
+    pages.upload()
+    device.verify_slices(slices, EVERY, device.compute_stream())
+    device.compute_stream().record().wait()
+    assert slices.marked().all(), "all sums are zero yet"
+    pages.free()

@@ -77,6 +77,8 @@ class Core:
 
         What is returned must be kept, and the copies pinned, until the stream has come so far.
         """
+        if len(ids) == 0:
+            return None
         self.table.seal(ids)
         return self.mover.sums.begin(ids[self.table.states(ids, Tier.GPU) == VALID])
 

@@ -177,7 +177,8 @@ class TierManager:
         ------
         TypeError, ValueError: as above. ClosedError: a closed sequence or manager.
         TierMemError: another step is still running. Entering the context raises OutOfPagesError when all
-        tiers together have no room, and CorruptPageError or TransferError when pages cannot be brought back.
+        tiers together have no room, and CorruptPageError or TransferError when pages cannot be brought back;
+        leaving it does so when what was brought back is found damaged.
         """
         self._check_open()
         if self._step is not None:

@@ -57,8 +57,8 @@ class Step:
     normally makes the tokens part of their sequences; leaving it by an exception undoes the step.
 
     Ordering: everything runs on the stream that is torch's current one when the step begins; results are ready
-    in stream order. The host waits for reads from the SSD only, and, where pages are written through to a lower
-    tier, at the end of the step.
+    in stream order. The host waits for reads from the SSD only, and at the end of a step that read pages from
+    lower tiers, until all of them were compared with their checksums, or that wrote pages through to one.
     """
 
     def __init__(
@@ -187,7 +187,8 @@ class Step:
         Raises
         ------
         TypeError, ValueError: a wrong shape, dtype or device, a scale or window out of range.
-        TierMemError: not this layer's turn. CorruptPageError: a streamed page was found damaged.
+        TierMemError: not this layer's turn. CorruptPageError: a page read from the SSD or attended in RAM was
+        found damaged; others are found when the context is left.
         """
         self._check_turn(layer, q)
         return self._attend(layer, q, scale, window, None)[0]

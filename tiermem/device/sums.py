@@ -44,11 +44,11 @@ def sum_now(slices: Slices, layers: range) -> None:
 
 def verify_now(slices: Slices, layers: range) -> None:
     """Mark pages with other sums than are stored, by the CPU."""
-    sums = _sums_of(slices, layers)
+    sums, marks = _sums_of(slices, layers), slices.marked()
     for i, (row, address) in enumerate(zip(sums, slices.rows.tolist(), strict=True)):
         wrong = np.flatnonzero(words_at(address, layers.stop)[layers.start :] != row)
         if len(wrong):
-            slices.marks[i] = layers.start + int(wrong[0]) + 1
+            marks[i] = layers.start + int(wrong[0]) + 1
 
 
 def words_at(address: int, count: int) -> NDArray[np.uint64]:
