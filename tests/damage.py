@@ -31,3 +31,13 @@ def damage_ssd(cache: TieredCache, numbers: np.ndarray, where: int = 0, row: int
             slots.seek(place)
             slots.write(bytes([byte ^ 1]))
     return len(chosen)
+
+
+def damage_ram(cache: TieredCache, numbers: np.ndarray, where: int = 0, row: int = 0) -> int:
+    """As damage_ssd, of the copies in RAM."""
+    core, pages = cache.manager._core, cache._rows.sequences[row].pages[numbers]
+    chosen = pages[core.table.states(pages, Tier.RAM) == VALID]
+    pool = core.pools[Tier.RAM]
+    for slot in core.table.slots(chosen, Tier.RAM).tolist():
+        pool.memory.tensor[slot * pool.slot_bytes + where] ^= 1
+    return len(chosen)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damage import damage_ssd, pages_only_in
+from damage import damage_ram, damage_ssd, pages_only_in
 from tiny_models import (
     FAMILIES,
     PAGE_TOKENS,
@@ -116,6 +116,45 @@ def test_damage_at_random_moments(
         told = [text for text in caplog.messages if "computed again" in text]
         assert 1 <= len(told) <= 4
         assert sum(int(text.split()[0]) for text in told) == stats.computed_again_tokens
+
+
+@pytest.mark.parametrize("settings", [{"verify_ram": "always"}, {"cpu_share": 0.0}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_damage_in_ram(family: str, settings: dict[str, object], tmp_path: Path) -> None:
+    """Of pages that are attended where they lie, and of pages that are streamed; some have a copy on the SSD."""
+    model = tiny_model(family, 8)
+    ids = random_ids(1, 230, 8)
+    rng = np.random.default_rng(3)
+    expected = reference(model, ids, **GREEDY)
+    config = tiers(model, 4, 8, tmp_path, **settings)
+    with TieredCache(model, config, page_tokens=PAGE_TOKENS) as cache:
+
+        def act(count: int) -> None:
+            if count in {2, 9, 10}:
+                chosen = rng.choice(pages_only_in(cache, Tier.RAM), 2, replace=False)
+                assert damage_ram(cache, chosen, int(rng.integers(cache.layout.page_bytes))) == 2
+
+        assert torch.equal(disturbed(model, cache, ids, act, **GREEDY), expected)
+        stats = cache.stats()
+        assert stats.corrupt_pages > 0
+        assert stats.computed_again_tokens > 0
+
+
+def test_another_copy_is_taken_where_there_is_one(tmp_path: Path) -> None:
+    model = tiny_model("llama", 8)
+    ids = random_ids(1, 100, 8)
+    expected = reference(model, ids, **GREEDY)
+    config = tiers(model, 4, 8, tmp_path, verify_ram="always")
+    with TieredCache(model, config, page_tokens=PAGE_TOKENS) as cache:
+
+        def act(count: int) -> None:
+            if count == 3:
+                cache.manager.flush()
+                assert damage_ram(cache, pages_only_in(cache, Tier.RAM)) >= 2
+
+        assert torch.equal(disturbed(model, cache, ids, act, **GREEDY), expected)
+        assert cache.stats().corrupt_pages > 0
+        assert cache.stats().computed_again_tokens == 0
 
 
 @pytest.mark.parametrize("layer", [0, 1])

@@ -109,7 +109,11 @@ def left_padded(texts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def tiers(
-    model: PreTrainedModel, gpu_pages: int, ram_pages: int, ssd_path: Path | None = None
+    model: PreTrainedModel,
+    gpu_pages: int,
+    ram_pages: int,
+    ssd_path: Path | None = None,
+    **settings: object,
 ) -> TierConfig:
     """Tiers of so many pages of `model`, of PAGE_TOKENS tokens; 8 MiB of SSD where there is a path."""
     slot_bytes = attention_of(model, PAGE_TOKENS).layout.slot_bytes
@@ -119,6 +123,7 @@ def tiers(
         ssd="8MiB" if ssd_path else 0,
         ssd_path=ssd_path,
         device=str(model.device),
+        **settings,  # type: ignore[arg-type]
     )
 
 

@@ -93,12 +93,13 @@ class Step:
     def __enter__(self) -> Step:
         core = self._core
         self._owner.step_begins(self)
-        trace.begin("step")
-        self._set_running(True)  # before planning: the open pages of these sequences are not idle
-        core.leases.step_begins(self._sequences)
-        self._start_s = time.perf_counter()
-        self._streamed_before = self._streamed()
         try:
+            trace.begin("step")
+            # before planning: the open pages of these sequences are not idle
+            self._set_running(True)
+            core.leases.step_begins(self._sequences)
+            self._start_s = time.perf_counter()
+            self._streamed_before = self._streamed()
             self._plan = plan_resident(core, self._sequences, self._new_tokens)
             if self._plan is None:
                 self._plan = make_plan(core, self._sequences, self._new_tokens)
@@ -126,8 +127,10 @@ class Step:
                 self._check_bytes(plan)
                 replaced = self._commit(plan)
         finally:
-            self._end(plan, replaced)
-            self._leave(plan.reads, record if replaced is not None else None)
+            try:
+                self._end(plan, replaced)
+            finally:  # even where that is interrupted
+                self._leave(plan.reads, record if replaced is not None else None)
 
     # ---- the body ----------------------------------------------------------------------------------
 
@@ -470,9 +473,11 @@ class Step:
             core.mover.quarantine.drop_found()
 
     def _leave(self, reads: dict[Tier, int], record: StepRecord | None) -> None:
-        trace.end()
         self._set_running(False)
-        self._owner.step_ended(self._sequences, reads, record)
+        try:
+            self._owner.step_ended(self._sequences, reads, record)
+        finally:
+            trace.end()
 
     def _set_running(self, running: bool) -> None:
         for sequence in self._sequences:

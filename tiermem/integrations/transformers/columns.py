@@ -84,8 +84,8 @@ class Columns:
         self.count = real.shape[1]
 
     def cut(self, count: int) -> None:
-        """Forget all but the first `count`."""
-        self.count = count
+        """Forget all but the first `count`, at most."""
+        self.count = min(self.count, count)
 
     def select(self, rows: SequenceOf[int]) -> None:
         """Row i becomes what row `rows[i]` is."""

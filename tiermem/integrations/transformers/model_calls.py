@@ -136,15 +136,15 @@ class ModelCalls:
     def _run(self, forward: Forward, compute: Callable[[], Any]) -> Any:
         """What `compute` returns, with the model's attention taken over by `forward`."""
         try:
-            forward.begin()
             self._take_attention(forward)
+            forward.begin()
             result = compute()
-            self._release()
             forward.finish()
         except BaseException as error:
-            self._release()
             forward.abandon(error)
+            self._release()  # not before: `undo` finds the forward where this is interrupted
             raise
+        self._release()
         return result
 
     def _take_attention(self, forward: Forward) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tiermem.errors import TierMemError
 from tiermem.integrations.transformers.call import Call
 from tiermem.integrations.transformers.columns import Columns, Gap
 from tiermem.manager import TierManager
@@ -110,7 +111,8 @@ class Rows:
         except BaseException:
             self._columns.cut(start)
             self._unnamed = None
-            self.settle()
+            with suppress(TierMemError):  # what cannot be settled now is settled later, or reset
+                self.settle()
             raise
         self._is_settled = True
 
