@@ -42,7 +42,7 @@ class Table:
     def lines(self, width: int | None = None) -> list[str]:
         """The table as lines of at most `width` columns of the terminal; None for as wide as it is."""
         head = [self.titles] if any(self.titles) else []
-        body = [tuple(printable(cell) for cell in row) for row in (*head, *self.rows)]
+        body = [tuple(_indented(cell) for cell in row) for row in (*head, *self.rows)]
         if not body:
             return []
         widths = [max(text_width(row[i]) for row in body) for i in range(len(body[0]))]
@@ -93,6 +93,11 @@ def printable(text: str) -> str:
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(character) in _UNSHOWN else character
         for character in " ".join(text.split())
     )
+
+
+def _indented(text: str) -> str:
+    """`text` as it can be shown, with the spaces that it begins with: what indents a tree."""
+    return " " * (len(text) - len(text.lstrip(" "))) + printable(text)
 
 
 _UNSHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")

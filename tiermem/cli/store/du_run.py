@@ -39,9 +39,9 @@ def lines_of(
         (
             "pages",
             usage.pages,
-            f"{count_of(num_pages, 'slot')} with {size_text(reader.slot_stride)}",
+            f"{count_of(num_pages, 'slot')} of {size_text(reader.slot_stride)}",
         ),
-        ("free", usage.free, f"{count_of(free, 'slot')} without a page that can be found"),
+        ("free", usage.free, f"{count_of(free, 'slot')} without a page"),
         ("index", usage.index, "which page is in which slot"),
         ("set aside", usage.set_aside, "found damaged or left behind; `tiermem gc` removes it"),
         ("others", usage.others, "header, lock, directories"),

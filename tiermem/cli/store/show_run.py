@@ -117,12 +117,12 @@ def lines_of(page: Page, width: int | None) -> list[str]:
     content, row, layout = page.content, page.row, page.reader.layout
     entry, root = content.entry(row), content.root(row)
     first = page.chain[0]
-    after = count_of(int(page.forest.num_after[row]), "page")
+    num_after = int(page.forest.num_after[row])
     rows = [
         ("page", content.key(row).hex()),
         ("tokens", f"{tokens_text(entry.position, 1, layout)} of its prompt (page {entry.position})"),
         ("page before", "none: it is a first page" if entry.position == 0 else entry.parent.hex()),
-        ("pages after", f"{after} directly"),
+        ("pages after", f"{count_text(num_after)} directly" if num_after else "none: a prompt ends here"),
         ("chain", f"{count_of(len(page.chain), 'page')} up to here, from {key_text(content.key(first))}"),
         ("model", NOTHING if root is None else model_text(root)),
         ("salt", NOTHING if root is None else salt_text(root.salt)),
