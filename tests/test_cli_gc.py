@@ -261,6 +261,7 @@ def test_repair_sets_damaged_pages_aside_and_keeps_the_rest(cli: Cli, store: Pat
     payload = (store / "slots").read_bytes()
     document = cli("verify", store, "--repair", "--json").json()
     assert (document["is_well"], document["damaged_pages"], document["set_aside"]) == (False, 2, 2)
+    assert document["dropped"] == 3  # of c, behind the damaged one
     assert cli("verify", store).code == 0
     assert found(store) == {"a": 6, "b": 7, "c": 6, "d": 4}
     answer = cli("show", store, key)

@@ -106,6 +106,11 @@ def test_nothing_a_terminal_obeys_gets_into_a_table() -> None:
     assert "\x1b" not in Table(("", ""), (("\x1b[31m", "\r\nx"),)).lines()[0]
 
 
+def test_a_tree_in_a_table_keeps_its_indentation() -> None:
+    lines = Table(("tree", "n"), (("a", "1"), ("├ b", "2"), ("  └ c\n", "3"))).lines()
+    assert lines == ["tree   n", "a      1", "├ b    2", "  └ c  3"]
+
+
 def test_a_turned_table_has_a_row_for_each_column() -> None:
     table = Table(("tier", "pages"), (("GPU", "5"), ("RAM", "7")))
     assert table.turned().lines() == ["tier   GPU  RAM", "pages    5    7"]

@@ -136,10 +136,17 @@ def lines_of(page: Page, width: int | None) -> list[str]:
         ("checksum", f"{entry.checksum:016x}, over those of the layers"),
         ("layers", _layers_text(page)),
         ("trailer", _trailer_text(page)),
-        ("verified", "yes: every byte is as it was written" if page.report is None
-         else f"no: {report_text(page.report)}"),
+        ("verified", _verified_text(page)),
     ]  # fmt: skip
     return pairs(rows).lines(width)
+
+
+def _verified_text(page: Page) -> str:
+    if page.report is not None:
+        return f"no: {report_text(page.report)}"
+    if page.reader.can_read_pages:
+        return "yes: every byte is as it was written"
+    return f"its trailer alone: the page is encrypted with the key {page.reader.key_id}, which is not here"
 
 
 def _slot_text(page: Page, slot: int) -> str:
@@ -228,6 +235,7 @@ def to_json(page: Page, with_chain: bool) -> dict[str, object]:
             "key": trailer["key"].tobytes().hex(),
         },
         "is_intact": report is None,
+        "is_read": page.reader.can_read_pages,
         "finding": None if report is None else report_text(report),
     }  # fmt: skip
     if with_chain:

@@ -43,7 +43,8 @@ class Outcome:
     """What was found. index_error: what is wrong with the index's file; empty where nothing is.
 
     content, checked: None where the index could not be read. num_cut: pages that nobody can find, because one
-    before them is not stored. num_set_aside: pages that --repair took out; None without it.
+    before them is not stored. num_set_aside: damaged pages that --repair took out; None without it.
+    num_dropped: other ones that it took out, outdated or found through those.
     """
 
     index_error: str
@@ -51,6 +52,7 @@ class Outcome:
     checked: CheckResult | None
     num_cut: int = 0
     num_set_aside: int | None = None
+    num_dropped: int = 0
 
     @property
     def is_well(self) -> bool:
@@ -104,7 +106,9 @@ def _repair(path: Path, part: Part) -> Outcome:
             return outcome
         bad = [report for report in checked.reports if report.verdict is not Verdict.CHANGED]
         if bad or outcome.index_error or content.strays:
-            keeper.drop(_reasons(content, bad))
+            reasons = _reasons(content, bad)
+            outcome = replace(outcome, num_dropped=len(reasons) - len(checked.damaged))
+            keeper.drop(reasons)
             keeper.wipe_trailers(np.array([one.slot for one in checked.damaged], dtype=np.int64))
         return replace(outcome, num_set_aside=len(checked.damaged))
 
@@ -143,6 +147,7 @@ def to_json(reader: StoreReader, outcome: Outcome, part: Part) -> dict[str, obje
         "pages": checked.num_pages if checked else None,
         "damaged_pages": len(checked.damaged) if checked else None,
         "set_aside": outcome.num_set_aside,
+        "dropped": outcome.num_dropped,
         "bytes": checked.num_bytes if checked else 0,
         "elapsed_s": checked.elapsed_s if checked else 0.0,
         "findings": [_report_json(report) for report in reports],
@@ -163,6 +168,8 @@ def lines_of(reader: StoreReader, outcome: Outcome, part: Part, width: int | Non
     what = f"{reader.path}: damaged"
     if outcome.num_set_aside is not None:
         what += f"; {count_of(outcome.num_set_aside, 'page')} set aside"
+        if outcome.num_dropped:
+            what += f", and {count_of(outcome.num_dropped, 'page')} dropped that were found through them"
     elif checked is not None and outcome.index_error == "":
         what += "; no damaged page is ever served; `tiermem verify --repair` sets them aside"
     return [*lines, what]
