@@ -435,8 +435,6 @@ def test_reading_finds_damage(open_manager: Open, tier: Tier) -> None:
     grow(manager, sequence, 4 * PAGE + 2)
     if tier == Tier.RAM:
         sequence.suspend()
-    manager._core.in_flight.drain()
-    manager._core.leases.end_all()
     bad = int(sequence.pages[1])
     flip(manager, bad, tier, 1)
     sequence.read(0, 0, 4 * PAGE + 2)
@@ -445,3 +443,9 @@ def test_reading_finds_damage(open_manager: Open, tier: Tier) -> None:
     assert caught.value.pages == (bad,)
     assert corrupt(manager) == {tier.name: 1}
     manager.check()
+    with pytest.raises(CorruptPageError) as caught:  # nor do steps get it, whatever held it
+        grow(manager, sequence, 1)
+    assert caught.value.lost == (bad,)
+    manager._core.in_flight.drain()
+    manager.poll()
+    assert not has(manager, bad, tier)

@@ -91,6 +91,12 @@ class Core:
         if slices is not None:
             self.in_flight.add(SumWork(self.table, ids, slices, compute.record()))
 
+    def drop_damaged(self) -> None:
+        """Let go of copies that were found damaged, wherever no step or transfer holds them."""
+        if self.mover.quarantine.is_waiting:
+            self.leases.end_all()
+            self.mover.quarantine.drop_found()
+
     def settle_filling(self, ids: Ids, tier: Tier) -> None:
         """Wait until no copy of `ids` in `tier` is on its way."""
         while len(ids) and (self.table.states(ids, tier) == FILLING).any():
@@ -165,7 +171,7 @@ class Core:
                 compute.record().wait()
             for chosen, tier in pins:
                 self.table.unpin(chosen, tier)
-            self.mover.quarantine.drop_found()
+            self.drop_damaged()
         layout = self.layout
         empty = self.ring.view.data.new_empty(
             (0, 2, layout.num_kv_heads, layout.page_tokens, layout.head_dim)

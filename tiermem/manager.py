@@ -192,6 +192,7 @@ class TierManager:
         """Idle work: settle what has ended, demote ahead of need, refresh the stats. Never waits."""
         self._check_open()
         self._core.in_flight.reap()
+        self._core.drop_damaged()
         self._core.room.demote_ahead()
         if self._store is not None:
             self._store.poll()

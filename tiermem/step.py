@@ -470,7 +470,7 @@ class Step:
         plan.discard_created(core)
         if core.mover.quarantine.is_waiting:
             core.in_flight.drain()  # steps that ended before may still hold the same copies
-            core.mover.quarantine.drop_found()
+            core.drop_damaged()
 
     def _leave(self, reads: dict[Tier, int], record: StepRecord | None) -> None:
         self._set_running(False)
