@@ -13,3 +13,4 @@ void bind_copies(nanobind::module_& module);
 void bind_kernel_launch(nanobind::module_& module);
 void bind_cpu_attention(nanobind::module_& module);
 void bind_attention_queue(nanobind::module_& module);
+void bind_lmdb_file(nanobind::module_& module);

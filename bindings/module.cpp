@@ -40,4 +40,5 @@ NB_MODULE(_core, module) {
   bind_kernel_launch(module);
   bind_cpu_attention(module);
   bind_attention_queue(module);
+  bind_lmdb_file(module);
 }

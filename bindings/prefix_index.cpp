@@ -1,5 +1,6 @@
 #include "tiermem/prefix_index.h"
 
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -75,7 +76,9 @@ void bind_prefix_index(nb::module_& module) {
       .def(
           "remove",
           [](PrefixIndex& index, const Ids& pages) {
-            return to_array<std::int64_t>(index.remove(span_of(pages)));
+            PrefixIndex::Removed removed = index.remove(span_of(pages));
+            return std::pair(to_array<std::int64_t>(std::move(removed.pages)),
+                             to_rows(std::move(removed.keys)));
           },
           array("pages"))
       .def(

@@ -62,6 +62,7 @@ LAYERS = {
         "tiermem.store_match",
         "tiermem.store_names",
         "tiermem.store_reader",
+        "tiermem.store_rebuild",
         "tiermem.store_records",
         "tiermem.store_transfer",
         "tiermem.store_usage",

@@ -23,10 +23,11 @@ from tiermem import ConfigError, TierConfig, TierManager, TransferError, build, 
 from tiermem._core import Tier
 from tiermem.cli.manager_text import disk_text
 from tiermem.disk_budget import DAY_S, DiskGuard, DiskLimits, Pause, WriteBudget
+from tiermem.index_image import INDEX_FILE
 from tiermem.private_files import PrivateDirectory
 from tiermem.stats import Stats
 from tiermem.store import ColdStore
-from tiermem.store_files import INDEX_FILE, index_bytes, slots_within
+from tiermem.store_files import index_bytes, slots_within
 from tiermem.store_index import StoreIndex
 from tiermem.store_names import NO_ROOT, GoneReason, PageName
 

@@ -241,17 +241,20 @@ def test_random_trees_agree_with_a_dictionary(seed: int) -> None:
             next_page += 1
         else:
             wanted = below(parent)
-            removed = index.remove(ids_of(entries[parent][1])).tolist()
+            pages, names = index.remove(ids_of(entries[parent][1]))
+            removed = pages.tolist()
+            by_page = {entry[1]: key for key, entry in entries.items()}
+            assert keys_of(names) == [by_page[page] for page in removed]
             assert sorted(removed) == sorted(wanted)
             assert removed[-1] == entries[parent][1]
             entries = {k: e for k, e in entries.items() if e[1] not in wanted}
         assert index.size == len(entries)
         key = rng.choice([*roots, *entries])
         assert index.contains(key) == (key in entries)
-    pages = index.pages().tolist()
-    assert sorted(pages) == sorted(page for _, page, _ in entries.values())
+    every = index.pages().tolist()
+    assert sorted(every) == sorted(page for _, page, _ in entries.values())
     for key, (parent, page, position) in entries.items():
         keys, parents, positions, _ = index.names(ids_of(page))
         assert (keys_of(keys), keys_of(parents), positions[0]) == ([key], [parent], position)
         if parent in entries:
-            assert pages.index(entries[parent][1]) < pages.index(page)
+            assert every.index(entries[parent][1]) < every.index(page)

@@ -234,8 +234,10 @@ class PrefixIndex:
         position. ``InvariantError``: a page that has a name, or is given twice.
         """
 
-    def remove(self, pages: Int64s) -> Int64s:
-        """Takes pages out, and all that follow them. Returns all that went, each after its followers.
+    def remove(self, pages: Int64s) -> tuple[Int64s, UInt8s]:
+        """Takes pages out, and all that follow them.
+
+        Returns all that went, each after its followers, and their keys (n, 32).
 
         Pages without a name are passed over.
         """
@@ -963,3 +965,27 @@ class AttentionQueue:
         False if a thread still reads for one of them a second after `timeout_s`: its pages and
         queries must then stay mapped. May be called again.
         """
+
+def read_lmdb(
+    descriptor: int, most_bytes: int, kind: bytes, row_bytes: int
+) -> tuple[UInt8s, list[tuple[bytes, bytes]], str]:
+    """All records of an LMDB data file (version 0.9, one table), read by pread and verified in every offset.
+
+    Another process may write it meanwhile: what is returned is one state of it.
+
+    Parameters
+    ----------
+    descriptor: of the open file.
+    most_bytes: a longer file is damaged.
+    kind, row_bytes: records whose key starts with this byte and whose key and value are so long together, and end
+        in the CRC-32 of all before, are rows.
+
+    Returns
+    -------
+    The rows, (n, row_bytes), ascending by key; the other records; and what is damaged, empty for a sound file:
+    then there are no records.
+
+    Raises
+    ------
+    OSError: it cannot be read.
+    """

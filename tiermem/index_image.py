@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from tiermem.errors import ConfigError
+from tiermem import _core
 from tiermem.private_files import PrivateDirectory
 from tiermem.store_names import KEY_BYTES, ChainRoot
 from tiermem.store_records import (
@@ -21,14 +21,17 @@ from tiermem.store_records import (
     Gone,
     number_in,
     number_key,
+    opened,
     pack_label,
     pack_root,
     parse_label,
     parse_root,
-    sound_entries,
 )
 
 _PAGE_KEY_BYTES = 1 + KEY_BYTES
+INDEX_FILE = "data.mdb"
+MAX_INDEX_BYTES = 1 << 36
+"""A larger file is no index of ours: 64 GiB hold 300 million pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class IndexImage:
     entries: (n,) of ENTRY_ROW, ascending by key. Hints: a slot's trailer decides (see `store_records`).
     roots, labels: by number. gone: oldest first.
     strays: keys of records that are damaged or no records at all.
+    damage: what is wrong with the index as a whole, and where; empty for a sound one. Then nothing else is known.
     """
 
     entries: NDArray[np.void]
@@ -45,6 +49,7 @@ class IndexImage:
     labels: dict[int, str]
     gone: tuple[tuple[int, Gone], ...]
     strays: tuple[bytes, ...]
+    damage: str = ""
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
         """Key and value of every sound record."""
@@ -62,34 +67,51 @@ class IndexImage:
 def read_index(directory: PrivateDirectory) -> IndexImage:
     """The index in this directory (`index` in a store's), of a store that is closed or in use.
 
+    LMDB has no part in this: no lock, no map, nothing that a damaged file could harm. An empty image where there
+    is no index; one that is damaged is an image with `damage` alone.
+
     Raises
     ------
-    ConfigError: there is no index, or it cannot be read.
+    ConfigError: the file is not to be trusted (a link, another user's). OSError: it cannot be read.
     """
     try:
-        with (
-            lmdb.open(
-                directory.reach("."), readonly=True, lock=False, create=False, max_spare_txns=0
-            ) as environment,
-            environment.begin() as transaction,
-        ):
-            return image_of((bytes(key), bytes(value)) for key, value in transaction.cursor())
-    except lmdb.Error as error:
-        raise ConfigError(f"{str(directory.path)!r}: the index is not readable ({error})") from None
+        descriptor = directory.open_file(INDEX_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return image_of(())
+    try:
+        rows, others, damage = _core.read_lmdb(
+            descriptor, MAX_INDEX_BYTES, PAGE, ENTRY_ROW.itemsize
+        )
+    finally:
+        os.close(descriptor)
+    return image_from(rows, others, damage)
 
 
 def image_of(records: Iterable[tuple[bytes, bytes]]) -> IndexImage:
     """The image made of these records."""
     rows: list[bytes] = []
+    others: list[tuple[bytes, bytes]] = []
+    for key, value in records:
+        is_row = key[:1] == PAGE and len(key) == _PAGE_KEY_BYTES
+        if is_row and len(key) + len(value) == ENTRY_ROW.itemsize and opened(key, value):
+            rows.append(key + value)
+        else:
+            others.append((key, value))
+    raw = np.frombuffer(b"".join(rows), dtype=np.uint8)
+    return image_from(raw.reshape(-1, ENTRY_ROW.itemsize), others)
+
+
+def image_from(
+    rows: NDArray[np.uint8], others: Iterable[tuple[bytes, bytes]], damage: str = ""
+) -> IndexImage:
+    """The image made of pages' records, (n, 113), whose CRCs were checked, and of other ones."""
     roots: dict[int, ChainRoot] = {}
     labels: dict[int, str] = {}
     gone: list[tuple[int, Gone]] = []
     strays: list[bytes] = []
-    for key, value in records:
+    for key, value in others:
         number = number_in(key)
-        if key[:1] == PAGE and len(key) + len(value) == ENTRY_ROW.itemsize:
-            rows.append(key + value)
-        elif number is None:
+        if number is None:
             strays.append(key)
         elif key[:1] == ROOT and (root := parse_root(number, value)) is not None:
             roots[number] = root
@@ -99,8 +121,5 @@ def image_of(records: Iterable[tuple[bytes, bytes]]) -> IndexImage:
             gone.append((number, record))
         else:
             strays.append(key)
-    entries = np.frombuffer(b"".join(rows), dtype=ENTRY_ROW)
-    sound = sound_entries(entries)
-    strays += [row[:_PAGE_KEY_BYTES] for row, ok in zip(rows, sound, strict=True) if not ok]
     gone.sort(key=lambda pair: pair[1].when_ns)
-    return IndexImage(entries[sound], roots, labels, tuple(gone), tuple(strays))
+    return IndexImage(rows.view(ENTRY_ROW)[:, 0], roots, labels, tuple(gone), tuple(strays), damage)

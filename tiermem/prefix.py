@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tiermem import _core
 from tiermem.layout import PageLayout
-from tiermem.pools import NO_SLOT, Ids, Tier
+from tiermem.pools import Ids, Tier
 from tiermem.store import ColdStore
 from tiermem.store_names import (
     KEY_BYTES,
@@ -148,8 +148,9 @@ class Prefixes:
         """Take pages that died or were lost, and all that follow them, out of the index."""
         if len(ids) == 0:
             return
-        removed = self._index.remove(ids)
-        self._unpublish(removed[self._table.alive(removed)])
+        removed, keys = self._index.remove(ids)
+        alive = self._table.alive(removed)
+        self._unpublish(removed[alive], keys[alive])
 
     # ---- a store that is opened again --------------------------------------------------------------
 
@@ -157,11 +158,13 @@ class Prefixes:
         stored = store.take_stored()
         ids = self._table.create_stored(Tier.SSD, stored.slots)
         self._reserve(ids)
-        _, self._last_use[ids & INDEX_MASK] = np.unique(stored.last_use_s, return_inverse=True)
-        self._clock = int(self._last_use.max(initial=0))
+        rises = np.diff(stored.last_use_s, prepend=stored.last_use_s[:1]) > 0  # they ascend
+        self._last_use[ids & INDEX_MASK] = np.cumsum(rises)
+        self._clock = int(rises.sum())
         places = [self._origin_place(root, label) for root, label in stored.names]
         self._origin[ids & INDEX_MASK] = np.array(places, dtype=np.int32)[stored.origins]
-        self._unpublish(self._index.insert_many(stored.parents, stored.keys, ids, stored.positions))
+        orphans = self._index.insert_many(stored.parents, stored.keys, ids, stored.positions)
+        self._unpublish(orphans, stored.keys[np.isin(ids, orphans)])
 
     # ---- inside ------------------------------------------------------------------------------------
 
@@ -195,11 +198,10 @@ class Prefixes:
         }
         self._most_origins = max(MIN_ORIGINS, 2 * len(self._origins))
 
-    def _unpublish(self, ids: Ids) -> None:
-        """Pages that can no longer be found lose their entry in the store, then their name."""
-        slots = self._table.slots(ids, Tier.SSD)
+    def _unpublish(self, ids: Ids, keys: NDArray[np.uint8]) -> None:
+        """Pages that can no longer be found, called `keys`, lose their entry in the store, then their name."""
         if self._store is not None:
-            self._store.unpublish(slots[slots != NO_SLOT], GoneReason.UNREACHABLE)
+            self._store.unpublish_keys((key.tobytes() for key in keys), GoneReason.UNREACHABLE)
         self._table.unpublish(ids[self._table.is_published(ids)])
 
 

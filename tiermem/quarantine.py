@@ -91,7 +91,8 @@ class Quarantine:
         ids = ids[self._table.states(ids, tier) == VALID]
         ids = ids[self._table.pins(ids, tier) == 0]
         if tier == Tier.SSD and self._store is not None:
-            self._store.unpublish(self._table.slots(ids, Tier.SSD), GoneReason.QUARANTINED)
+            keys = [name.key for name in self._names.names_of(ids) if name is not None]
+            self._store.unpublish_keys(keys, GoneReason.QUARANTINED)
         self._table.discard(ids, tier)
         alive = self._table.alive(ids)
         lost = ids[alive][self._table.is_lost(ids[alive])]

@@ -31,6 +31,7 @@ from tiermem.cipher_key import SecretKey
 from tiermem.disk_budget import DiskGuard, DiskLimits
 from tiermem.disk_rates import DiskOptions, open_engine
 from tiermem.errors import ConfigError, TransferError
+from tiermem.index_image import INDEX_FILE, read_index
 from tiermem.layout import PageLayout
 from tiermem.store_files import (
     INDEX_BYTES,
@@ -50,6 +51,7 @@ from tiermem.store_format import (
 )
 from tiermem.store_index import StoredPages, StoreIndex
 from tiermem.store_names import GoneReason
+from tiermem.store_rebuild import INDEX, rebuild_index
 from tiermem.store_transfer import Int64s as _Int64s
 from tiermem.store_transfer import (
     StoreTransfer,
@@ -128,6 +130,7 @@ class ColdStore:
             check_or_write_header(self._directory, layout, key.key_id if key else b"")
             num_there = self._directory.size_of("slots") // self.slot_stride
             self._file = open_slots(self._directory, self.slot_stride * self.num_slots)
+            self._engine = _open_engine(ENGINE_KINDS[io_engine], options)
             self._index = self._open_index(num_there)
             self.guard = DiskGuard(
                 self._directory, cap_bytes, self.slot_stride, limits or DiskLimits()
@@ -138,7 +141,6 @@ class ColdStore:
             if self._vault is not None:
                 self._vault.close()
             raise
-        self._engine = _open_engine(ENGINE_KINDS[io_engine], options)
         self._registered: list[tuple[int, int]] = []
         self._layer_sums: dict[int, NDArray[np.uint64]] = {}
         newest = int(self._index.generations.max(initial=0))
@@ -274,10 +276,6 @@ class ColdStore:
         """Make the named pages in `slots`, whose writes have ended, findable after a restart."""
         self._index.publish(slots, names)
 
-    def unpublish(self, slots: _Int64s, why: GoneReason) -> None:
-        """Delete the entries that name what is in `slots`, where there are any."""
-        self._index.unpublish(slots, why)
-
     def unpublish_keys(self, keys: Iterable[bytes], why: GoneReason) -> None:
         """Delete the entries of `keys`, where there are any."""
         self._index.unpublish_keys(keys, why)
@@ -405,9 +403,19 @@ class ColdStore:
     # ---- inside ------------------------------------------------------------------------------------
 
     def _open_index(self, num_there: int) -> StoreIndex:
-        directory = self._directory.subdirectory("index")
+        """The index; of a store that had slots, made again first where it is damaged or gone."""
+        directory = self._directory.subdirectory(INDEX)
         try:
-            return StoreIndex(directory, self.num_slots, num_there)
+            image = read_index(directory)
+            lost = "it is gone" if num_there and not directory.has(INDEX_FILE) else ""
+        finally:
+            directory.close()
+        if why := image.damage or lost:
+            rebuild_index(self._directory, self.layout, self.num_slots, self._read_trailers, why)
+        directory = self._directory.subdirectory(INDEX)
+        try:
+            image = read_index(directory) if why else image
+            return StoreIndex(directory, self.num_slots, image, num_there)
         finally:
             directory.close()
 
@@ -450,25 +458,22 @@ class ColdStore:
         new = np.array([s for s in slots.tolist() if s not in self._layer_sums], dtype=np.int64)
         if len(new) == 0:
             return
-        tails = mmap.mmap(-1, TRAILER_BYTES * len(new))
-        offsets = new * self.slot_stride + self.layout.slot_bytes
-        lengths = np.full(len(new), TRAILER_BYTES, dtype=np.int64)
-        submit = self._engine.submit_read
-        run(
-            self._engine,
-            self.timeout_s,
-            submit,
-            self._file,
-            offsets,
-            tail_addresses(tails),
-            lengths,
-        )
-        stored, same, seals = self._parse_tails(new, tail_rows(tails))
+        stored, same, seals = self._parse_tails(new, self._read_trailers(new))
         for i, (slot, sums) in enumerate(zip(new.tolist(), stored.copy(), strict=True)):
             if same[i]:
                 self._layer_sums[slot] = sums
                 if self._vault is not None:
                     self._vault.know(slot, seals[i])
+
+    def _read_trailers(self, slots: _Int64s) -> NDArray[np.uint8]:
+        """The trailers of these slots as they are, (slots, 4096)."""
+        tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
+        offsets = slots * self.slot_stride + self.layout.slot_bytes
+        lengths = np.full(len(slots), TRAILER_BYTES, dtype=np.int64)
+        addresses = tail_addresses(tails)
+        submit = self._engine.submit_read
+        run(self._engine, self.timeout_s, submit, self._file, offsets, addresses, lengths)
+        return tail_rows(tails)
 
     def _sums_at(self, addresses: _Int64s) -> NDArray[np.uint64]:
         return _core.checksum_pages(addresses, self.layout.layer_bytes, self.layout.num_layers)

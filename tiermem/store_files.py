@@ -15,13 +15,13 @@ import lmdb
 
 from tiermem import _core
 from tiermem.errors import ConfigError
+from tiermem.index_image import INDEX_FILE
 from tiermem.layout import PageLayout
 from tiermem.private_files import PrivateDirectory
 from tiermem.store_format import MAX_HEADER_BYTES, TRAILER_BYTES, check_header, pack_header
 
 log = logging.getLogger("tiermem")
 
-INDEX_FILE = "data.mdb"
 _KEEP_SIZE = 1
 """Of fallocate."""
 INDEX_BYTES = 512 * 1024
@@ -126,7 +126,7 @@ def open_slots(directory: PrivateDirectory, num_bytes: int) -> _core.BlockFile:
 
 
 def open_index(directory: PrivateDirectory, num_slots: int) -> lmdb.Environment:
-    """The index in `directory`. Every commit is durable; the store's own lock stands for LMDB's.
+    """The index in `directory`, verified before. Every commit is durable; the store's lock stands for LMDB's.
 
     LMDB opens its file by path and follows links; nobody else can put one into a private directory once it has
     been looked at.

@@ -60,7 +60,8 @@ from tiermem.store_names import (
 __all__ = [
     "FORMAT_VERSION", "KEY_BYTES", "MAX_HEADER_BYTES", "NO_ROOT", "TRAILER", "TRAILER_BYTES", "UNNAMED",
     "ChainRoot", "PageName", "check_header", "checksum_words", "header_key_id", "header_layout", "names_in",
-    "pack_header", "pack_trailer", "pack_trailers", "parse_trailer", "parse_trailers", "sound_trailers",
+    "pack_header", "pack_trailer", "pack_trailers", "parse_trailer", "parse_trailers", "root_in",
+    "sound_trailers",
 ]  # fmt: skip
 
 FORMAT_NAME = "tiermem-store"
@@ -264,14 +265,16 @@ def names_in(records: NDArray[np.void]) -> list[PageName | None]:
     return [None if record["key"].tobytes() == UNNAMED else _name_in(record) for record in records]
 
 
-def _name_in(record: np.void) -> PageName:
+def root_in(record: np.void) -> ChainRoot:
+    """The root of the chain of an undamaged trailer's page; the model id as text is not in it."""
     shard = (int(record["shard"]), int(record["num_shards"]))
-    root = ChainRoot(
-        record["root"].tobytes(), record["model"].tobytes(), shard, record["salt"].tobytes()
-    )
-    return PageName(
-        record["key"].tobytes(), record["parent"].tobytes(), int(record["position"]), root
-    )
+    model, salt = record["model"].tobytes(), record["salt"].tobytes()
+    return ChainRoot(record["root"].tobytes(), model, shard, salt)
+
+
+def _name_in(record: np.void) -> PageName:
+    key, parent = record["key"].tobytes(), record["parent"].tobytes()
+    return PageName(key, parent, int(record["position"]), root_in(record))
 
 
 def _crcs(raw: NDArray[np.uint8]) -> NDArray[np.uint32]:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem.errors import TransferError
-from tiermem.index_image import IndexImage, image_of, read_index
+from tiermem.index_image import INDEX_FILE, IndexImage
 from tiermem.private_files import PrivateDirectory
-from tiermem.store_files import INDEX_FILE, index_bytes, open_index
+from tiermem.store_files import index_bytes, open_index
 from tiermem.store_names import KEY_BYTES, NO_ROOT, ChainRoot, GoneReason, PageName
 from tiermem.store_records import (
     GONE_PAGE,
@@ -60,7 +60,9 @@ class StoredPages:
 
 
 class StoreIndex:
-    """The entries of a store, and what was written last to each slot; LMDB's file is in `directory`.
+    """The entries of a store, and what was written last to each slot.
+
+    LMDB's file is in `directory`, and `image` is what it holds.
 
     `generations` and `checksums` have the number of the last write of every slot, and the checksum over those of
     the layers; whoever writes a slot sets them. Entries that make no sense are deleted at opening, as are those of
@@ -69,17 +71,19 @@ class StoreIndex:
     """
 
     def __init__(
-        self, directory: PrivateDirectory, num_slots: int, num_there: int | None = None
+        self,
+        directory: PrivateDirectory,
+        num_slots: int,
+        image: IndexImage,
+        num_there: int | None = None,
     ) -> None:
         self.num_slots = num_slots
         self._num_there = num_slots if num_there is None else min(num_there, num_slots)
         self.generations = np.zeros(num_slots, dtype=np.uint64)
         self.checksums = np.zeros(num_slots, dtype=np.uint64)
         self._published = np.zeros(num_slots, dtype=np.bool_)
-        self._keys = np.zeros((num_slots, KEY_BYTES), dtype=np.uint8)
         self._pending: dict[bytes, bytes | None] = {}
         self._uses: dict[bytes, int] = {}
-        image = read_index(directory) if directory.check_file(INDEX_FILE) else image_of(())
         is_too_large = directory.size_of(INDEX_FILE) > index_bytes(num_slots)
         if is_too_large:
             directory.remove(INDEX_FILE)
@@ -120,13 +124,6 @@ class StoreIndex:
             )
             self._pending[page_key(name.key)] = entry.pack(name.key)
             self._published[slot] = True
-            self._keys[slot] = np.frombuffer(name.key, dtype=np.uint8)
-
-    def unpublish(self, slots: Int64s, why: GoneReason) -> None:
-        """Delete the entries that name what is in `slots`, where there are any."""
-        self.unpublish_keys(
-            [self._keys[slot].tobytes() for slot in slots if self._published[slot]], why
-        )
 
     def unpublish_keys(self, keys: Iterable[bytes], why: GoneReason) -> None:
         """Delete the entries of `keys`, where there are any."""
@@ -243,23 +240,22 @@ class StoreIndex:
 
     def _adopt(self, image: IndexImage) -> StoredPages:
         """Take over what an index said; delete what makes no sense in a store of so many slots."""
-        entries = image.entries["entry"]
-        # leaves before parents, and what was used last at the end
-        order = np.lexsort((-entries["position"].astype(np.int64), entries["last_use_s"]))
-        kept = order[self._is_kept(entries)[order]]
-        rows, entries = image.entries[kept], entries[kept]
+        every = image.entries["entry"]
+        # by last use, and among equals leaves before parents
+        ages = every["last_use_s"].astype(np.int64) << 31
+        order = np.argsort(ages - every["position"].astype(np.int64))
+        kept = order[self._is_kept(every)[order]]
+        rows, entries = image.entries[kept], every[kept]
         slots = entries["slot"].astype(np.int64)
         self.generations[slots] = entries["generation"]
         self.checksums[slots] = entries["checksum"]
         self._published[slots] = True
-        keys = np.ascontiguousarray(rows["key"]).view(np.uint8).reshape(-1, KEY_BYTES)
-        self._keys[slots] = keys
         self._delete_strays(image, kept)
         pairs = (entries["root"].astype(np.uint64) << np.uint64(32)) | entries["label"]
         unique, origins = np.unique(pairs, return_inverse=True)
         return StoredPages(
-            keys=keys,
-            parents=np.ascontiguousarray(entries["parent"]).view(np.uint8).reshape(-1, KEY_BYTES),
+            keys=_hashes(rows["key"]),
+            parents=_hashes(entries["parent"]),
             slots=slots,
             positions=entries["position"].astype(np.int64),
             last_use_s=entries["last_use_s"].astype(np.int64),
@@ -275,14 +271,18 @@ class StoreIndex:
 
     def _is_kept(self, entries: NDArray[np.void]) -> NDArray[np.bool_]:
         """Which entries have a slot of their own; of several with one slot, that of the last write."""
-        kept = entries["slot"] < self._num_there
+        kept: NDArray[np.bool_] = (entries["slot"] < self._num_there) & (
+            entries["position"] < 2**31
+        )
         places = np.flatnonzero(kept)
+        slots = entries["slot"][places]
+        if np.bincount(slots, minlength=1).max() < 2:
+            return kept
         newest_last = places[np.argsort(entries["generation"][places], kind="stable")]
         last = np.full(self.num_slots, -1, dtype=np.int64)
         last[entries["slot"][newest_last]] = newest_last
-        kept[places] = last[entries["slot"][places]] == places
-        result: NDArray[np.bool_] = kept
-        return result
+        kept[places] = last[slots] == places
+        return kept
 
     def _delete_strays(self, image: IndexImage, kept: Int64s) -> None:
         now_ns = time.time_ns()
@@ -299,3 +299,8 @@ class StoreIndex:
         self._pending.update(dict.fromkeys([*image.strays, *unused]))
         self._roots = {key: n for key, n in self._roots.items() if n in roots}
         self._labels = {label: n for label, n in self._labels.items() if n in labels}
+
+
+def _hashes(column: NDArray[np.void]) -> NDArray[np.uint8]:
+    """(n,) of 32 bytes as (n, 32)."""
+    return np.ascontiguousarray(column).view(np.uint8).reshape(-1, KEY_BYTES)

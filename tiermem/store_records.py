@@ -27,7 +27,6 @@ import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tiermem.store_names import (
     KEY_BYTES,
@@ -184,14 +183,6 @@ def parse_label(number: int, value: bytes) -> str | None:
     """Label `number`, or None where this cannot be its record."""
     body = opened(number_key(LABEL, number), value)
     return None if body is None or len(body) > MAX_LABEL_BYTES else _text_in(body)
-
-
-def sound_entries(rows: NDArray[np.void]) -> NDArray[np.bool_]:
-    """Which rows of ENTRY_ROW are undamaged records of pages."""
-    raw = rows.view(np.uint8).reshape(-1, ENTRY_ROW.itemsize)
-    crcs = np.array([zlib.crc32(row) for row in raw[:, :-_CRC_BYTES]], dtype=np.uint32)
-    same: NDArray[np.bool_] = (rows["entry"]["crc"] == crcs) & (rows["kind"] == PAGE)
-    return same
 
 
 def _text_bytes(text: str, most: int) -> bytes:

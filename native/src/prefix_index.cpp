@@ -74,15 +74,14 @@ void PrefixIndex::erase_cell(std::size_t gap) {
 // -----------------------------------------------------------------------------------------
 
 // Room for new nodes, so that nothing can fail once the first is made.
-void PrefixIndex::reserve(PageIds pages) {
-  const std::size_t num_new = 2 * pages.size();  // each may need a root
-  const std::size_t wanted = nodes_.size() - free_nodes_.size() + num_new;
+void PrefixIndex::reserve(PageIds pages, std::size_t num_roots) {
+  const std::size_t wanted = nodes_.size() - free_nodes_.size() + pages.size() + num_roots;
   if (wanted > static_cast<std::size_t>(kMaxInt32)) {
     throw InvariantError("insert: the index would have " + std::to_string(wanted) +
                          " nodes: must be at most 2147483647");
   }
   if (wanted > nodes_.capacity()) nodes_.reserve(std::max(wanted, 2 * nodes_.capacity()));
-  free_nodes_.reserve(nodes_.capacity());
+  if (free_nodes_.capacity() < nodes_.capacity()) free_nodes_.reserve(nodes_.capacity());
   std::size_t num_cells = cells_.size();
   while (num_cells < 2 * wanted) num_cells *= 2;
   if (num_cells > cells_.size()) rehash(num_cells);
@@ -201,7 +200,7 @@ bool PrefixIndex::insert(const Digest& parent, const Digest& key, PageId page,
     throw InvariantError("insert: " + text_of(page) + " at position " + std::to_string(position) +
                          ": must be 0 after a root, else one more than that of the page before");
   }
-  reserve({&page, 1});
+  reserve({&page, 1}, 1);
   insert_node(above, parent, key, page, position);
   return true;
 }
@@ -219,7 +218,7 @@ std::vector<PageId> PrefixIndex::insert_many(Keys parents, Keys keys, PageIds pa
   if (twice != sorted.end()) {
     throw InvariantError("insert_many: " + text_of(*twice) + ": must be given once");
   }
-  reserve(pages);
+  reserve(pages, static_cast<std::size_t>(std::count(positions.begin(), positions.end(), 0)));
   std::vector<std::size_t> order(count);
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::stable_sort(order.begin(), order.end(),
@@ -236,18 +235,21 @@ std::vector<PageId> PrefixIndex::insert_many(Keys parents, Keys keys, PageIds pa
   return strays;
 }
 
-std::vector<PageId> PrefixIndex::remove(PageIds pages) {
-  std::vector<PageId> removed;
+PrefixIndex::Removed PrefixIndex::remove(PageIds pages) {
+  Removed removed;
+  const auto remove_next = [&](NodeIndex node) {
+    removed.pages.push_back(node_at(node).page);
+    removed.keys.push_back(node_at(node).key);
+    return remove_leaf(node);
+  };
   for (const PageId page : pages) {
     const NodeIndex top = node_of(page);
     if (top == kNone) continue;
     NodeIndex node = deepest(top);
-    removed.push_back(node_at(node).page);
-    NodeIndex parent = remove_leaf(node);
+    NodeIndex parent = remove_next(node);
     while (node != top) {
       node = deepest(parent);
-      removed.push_back(node_at(node).page);
-      parent = remove_leaf(node);
+      parent = remove_next(node);
     }
     const Node& above = node_at(parent);
     if (above.page == kNoPage && above.first_child == kNone) remove_leaf(parent);

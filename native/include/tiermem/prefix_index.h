@@ -62,9 +62,14 @@ class PrefixIndex {
   std::vector<PageId> insert_many(Keys parents, Keys keys, PageIds pages,
                                   std::span<const std::int64_t> positions);
 
+  struct Removed {
+    std::vector<PageId> pages;
+    std::vector<Digest> keys;  // what they were called
+  };
+
   // Takes pages out, and every page that follows one of them. Returns all that went, each after the
   // pages that follow it. Pages without a name are passed over: a page may have died unnamed.
-  std::vector<PageId> remove(PageIds pages);
+  Removed remove(PageIds pages);
 
   // The pages of the longest prefix of a chain of keys that is in the index.
   std::vector<PageId> match(Keys keys) const;
@@ -106,7 +111,7 @@ class PrefixIndex {
                    std::int64_t position);
   NodeIndex node_of(PageId page) const;
   NodeIndex new_node(const Digest& key);
-  void reserve(PageIds pages);
+  void reserve(PageIds pages, std::size_t num_roots);  // room for those pages, and new roots
   void adopt(NodeIndex parent, NodeIndex child);
   NodeIndex remove_leaf(NodeIndex node);  // returns its parent
   NodeIndex deepest(NodeIndex node) const;

@@ -1,0 +1,57 @@
+// Reading an LMDB data file without trusting a byte of it.
+//
+// LMDB maps its file and follows the page numbers and offsets in it: a damaged one can kill the
+// process. So a file is read and verified before LMDB is let near it. The format is that of LMDB
+// 0.9 (data version 1), of an environment with one table (the main one) on a machine of 64 bits,
+// little-endian:
+//
+//   page    16 bytes of header: number 8, pad 2, flags 2, then lower 2 and upper 2, or, for the
+//           first of a run of overflow pages, their number 4
+//   0, 1    meta pages: the header, then magic 4, version 4, address 8, map size 8, a tree of free
+//           pages, the main tree (48 bytes each), last page 8, transaction 8. The one of the later
+//           transaction is in force
+//   tree    pad 4 (of the first: the page size), flags 2, depth 2, branch, leaf and overflow pages,
+//           entries, root, 8 bytes each
+//   branch, leaf    from 16 to lower the offsets of nodes (2 bytes), ascending by key; from upper to
+//           the end the nodes without gaps: 4 + 2 + 2 bytes of which size, flags, size of the key;
+//           the key; the value. Of a branch the first 6 bytes are a page number
+//   free    transaction -> number of pages, their numbers descending
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+namespace tiermem {
+
+using ConstBytes = std::span<const std::uint8_t>;
+
+// What is wrong with a file, and where.
+class DamagedFile : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// A record of the main table; the bytes are the file's.
+using RecordVisitor = std::function<void(ConstBytes key, ConstBytes value)>;
+
+// Calls `visit` for every record of the newest state, ascending by key, and verifies all that LMDB
+// will rely on: both meta pages, every page of both trees (each visited once, numbers, flags,
+// offsets, sizes, order of keys, depths and counts) and the list of free pages. `max_pages` bounds
+// the page numbers. Returns the number of the transaction. Throws DamagedFile.
+std::uint64_t read_lmdb(ConstBytes file, std::uint64_t max_pages, const RecordVisitor& visit);
+
+// The number of the newest transaction that the meta pages of an LMDB file name; none where either
+// is not one. `head` is at least the first two pages, of at most 64 KiB each.
+std::optional<std::uint64_t> lmdb_transaction(ConstBytes head);
+
+// The bytes of an open LMDB file, by pread, of a state that a process which writes meanwhile cannot
+// have changed. Throws DamagedFile for a file of more than `most_bytes`, and when it does not hold
+// still; std::system_error as the system.
+std::vector<std::uint8_t> read_lmdb_file(int descriptor, std::uint64_t most_bytes);
+
+}  // namespace tiermem
