@@ -407,7 +407,7 @@ class ColdStore:
         directory = self._directory.subdirectory(INDEX)
         try:
             image = read_index(directory)
-            lost = "it is gone" if num_there and not directory.has(INDEX_FILE) else ""
+            lost = "it is gone" if num_there and not directory.check_file(INDEX_FILE) else ""
         finally:
             directory.close()
         if why := image.damage or lost:

@@ -62,7 +62,7 @@ def rebuild_index(
         directory.path, why, num_slots,
     )  # fmt: skip
     records = index_records(layout, num_slots, read_trailers)
-    if directory.has(INDEX):
+    if INDEX in directory.names():
         remove_directory(directory, DAMAGED_INDEX)
         rename(directory, INDEX, DAMAGED_INDEX)
         _keep_beginning(directory)
@@ -153,7 +153,7 @@ def write_index(
 
 def remove_directory(directory: PrivateDirectory, name: str) -> None:
     """There is no directory `name` in `directory` any more, nor what an index keeps in it."""
-    if not directory.has(name):
+    if name not in directory.names():
         return
     inner = directory.subdirectory(name)
     try:

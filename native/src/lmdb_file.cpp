@@ -172,7 +172,7 @@ class FileWalk {
   // Verifies the page and all below it: keys are at least *low and below *high.
   void descend(Count& count, std::uint64_t number, int depth, const ConstBytes* low,
                const ConstBytes* high) {
-    const ConstBytes page = take_page(number, 1);
+    const ConstBytes page = take_page(number);
     const bool is_leaf = depth == count.tree.depth;
     if (number_at<std::uint16_t>(page, 10) != (is_leaf ? kLeaf : kBranch)) bad_page(number);
     const std::vector<Node> nodes = nodes_of(page, number, is_leaf);
@@ -227,12 +227,12 @@ class FileWalk {
     if (node.flags != kBigValue) bad_page(number);
     const auto first = number_at<std::uint64_t>(page, node.value);
     const std::uint64_t size = meta_.page_bytes;
-    const std::uint64_t num_pages = (kPageHeader + node.size + size - 1) / size;
-    const ConstBytes run = take_page(first, num_pages);
-    if (number_at<std::uint16_t>(run, 10) != kOverflow ||
-        number_at<std::uint32_t>(run, 12) != num_pages) {
-      bad_page(first);
-    }
+    const std::uint64_t least = (kPageHeader + node.size + size - 1) / size;
+    const ConstBytes head = take_page(first);
+    // More than the value needs where a longer one was there before.
+    const std::uint64_t num_pages = number_at<std::uint32_t>(head, 12);
+    if (number_at<std::uint16_t>(head, 10) != kOverflow || num_pages < least) bad_page(first);
+    const ConstBytes run = take_run(first, num_pages);
     count.overflows += num_pages;
     count.visit(node.key, run.subspan(kPageHeader, node.size));
   }
@@ -281,18 +281,26 @@ class FileWalk {
     return node;
   }
 
-  // Pages that nothing else uses, within the file.
-  ConstBytes take_page(std::uint64_t number, std::uint64_t num_pages) {
+  // A page that nothing else uses, within the file.
+  ConstBytes take_page(std::uint64_t number) {
     const std::uint64_t size = meta_.page_bytes;
-    const std::uint64_t whole = file_.size() / size;
-    if (number < kFirstPage || number > meta_.last_page || number >= whole ||
-        num_pages > whole - number || num_pages > meta_.last_page + 1 - number) {
+    if (number < kFirstPage || number > meta_.last_page || number >= file_.size() / size) {
       damaged("page " + std::to_string(number) + " is not in the file");
     }
-    for (std::uint64_t i = 0; i < num_pages; ++i) mark(number + i);
-    const ConstBytes page = file_.subspan(number * size, num_pages * size);
+    mark(number);
+    const ConstBytes page = file_.subspan(number * size, size);
     if (number_at<std::uint64_t>(page, 0) != number) bad_page(number);
     return page;
+  }
+
+  // The pages from `first` on, which was taken.
+  ConstBytes take_run(std::uint64_t first, std::uint64_t num_pages) {
+    const std::uint64_t size = meta_.page_bytes;
+    if (num_pages > file_.size() / size - first || num_pages > meta_.last_page + 1 - first) {
+      damaged("page " + std::to_string(first) + " and those behind it are not in the file");
+    }
+    for (std::uint64_t i = 1; i < num_pages; ++i) mark(first + i);
+    return file_.subspan(first * size, num_pages * size);
   }
 
   void add_free(ConstBytes key, ConstBytes value) {
