@@ -397,6 +397,15 @@ class Index:
     def __init__(self, directory: PrivateDirectory, num_slots: int) -> None:
         self.directory = directory
         self.index = StoreIndex(directory, num_slots, read_index(directory))
+        self.keys: dict[int, bytes] = {}
+
+    def publish(self, slots: np.ndarray, names: list[PageName]) -> None:
+        self.index.publish(slots, names)
+        self.keys.update(zip(slots.tolist(), (name.key for name in names), strict=True))
+
+    def unpublish(self, slots: np.ndarray, why: GoneReason) -> None:
+        keys = [self.keys.pop(slot) for slot in slots.tolist() if slot in self.keys]
+        self.index.unpublish_keys(keys, why)
 
     @property
     def num_bytes(self) -> int:
@@ -415,9 +424,9 @@ def test_the_index_keeps_to_its_share_of_the_cap(directory: PrivateDirectory) ->
     slots = np.arange(num_slots, dtype=np.int64)
     for turn in range(40):
         some = np.array(rng.sample(range(num_slots), rng.choice([1, 30, 300])), dtype=np.int64)
-        made.index.unpublish(some, GoneReason.EVICTED)
+        made.unpublish(some, GoneReason.EVICTED)
         made.index.generations[some] = turn * num_slots + 1 + np.arange(len(some), dtype=np.uint64)
-        made.index.publish(some, [name_of(rng, f"{turn} {'x' * 150}") for _ in some])
+        made.publish(some, [name_of(rng, f"{turn} {'x' * 150}") for _ in some])
         made.index.commit()
         assert made.num_bytes <= index_bytes(num_slots)
     count = int(made.index.is_published(slots).sum())
@@ -435,13 +444,11 @@ def test_an_index_that_is_full_goes_on_with_what_matters(directory: PrivateDirec
     slots = np.arange(num_slots, dtype=np.int64)
     made.index.generations[slots] = 1 + slots.astype(np.uint64)
     for turn in range(3):
-        made.index.publish(
-            slots, [name_of(rng, f"{turn} {i} {'y' * 190}") for i in range(num_slots)]
-        )
+        made.publish(slots, [name_of(rng, f"{turn} {i} {'y' * 190}") for i in range(num_slots)])
         made.index.commit()
         assert made.num_bytes <= index_bytes(num_slots)
-        made.index.unpublish(slots, GoneReason.EVICTED)
-    made.index.publish(slots, [name_of(rng) for _ in slots])
+        made.unpublish(slots, GoneReason.EVICTED)
+    made.publish(slots, [name_of(rng) for _ in slots])
     made.index.commit()
     made.index.close()
     again = Index(directory, num_slots)

@@ -31,6 +31,8 @@ each commit touches every page of the B-tree. LMDB is not let beyond it."""
 SMALL_FILES_BYTES = 64 * 1024
 """Of INDEX_BYTES, for what is neither slots nor index: header, lock, write budget, and the directories."""
 
+MAX_PID_BYTES = 20
+"""In a lock file: who held the lock last. A hint for messages; flock alone decides."""
 STARTED = {"lock", "header.json.new"}
 """What a process leaves that was killed before its new store had a header."""
 
@@ -90,10 +92,15 @@ def _lock(directory: PrivateDirectory) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        owner = os.pread(lock, MAX_PID_BYTES, 0)
         os.close(lock)
+        hint = f" (process {owner.decode()} by its lock file)" if owner.isdigit() else ""
         raise ConfigError(
-            "another process or manager has this store open; one owns a store at a time"
+            f"another process or manager has this store open{hint}; one owns a store at a time"
         ) from None
+    with contextlib.suppress(OSError):  # a full disk
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock
 
 
