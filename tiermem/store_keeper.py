@@ -20,10 +20,10 @@ import lmdb
 import numpy as np
 
 from tiermem.errors import TransferError
-from tiermem.index_image import IndexImage
+from tiermem.index_image import INDEX_FILE, IndexImage
 from tiermem.store_chains import Int64s
 from tiermem.store_content import StoreContent
-from tiermem.store_files import INDEX_FILE, claim, index_bytes
+from tiermem.store_files import claim, index_bytes
 from tiermem.store_format import TRAILER_BYTES
 from tiermem.store_index import MAX_GONE, MIN_GONE
 from tiermem.store_names import GoneReason

@@ -19,12 +19,11 @@ from tiermem import _core
 from tiermem.cipher import StoreCipher
 from tiermem.cipher_key import find_key
 from tiermem.errors import ConfigError, CorruptPageError
-from tiermem.index_image import IndexImage, image_of
+from tiermem.index_image import INDEX_FILE, IndexImage, image_of
 from tiermem.index_pages import IndexPages
 from tiermem.layout import PageLayout
 from tiermem.private_files import PrivateDirectory
 from tiermem.store_content import StoreContent
-from tiermem.store_files import INDEX_FILE
 from tiermem.store_format import MAX_HEADER_BYTES, TRAILER_BYTES, header_key_id, header_layout
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tiermem.disk_budget import BUDGET_FILE
+from tiermem.index_image import INDEX_FILE
 from tiermem.private_files import PrivateDirectory
 from tiermem.store_content import StoreContent
-from tiermem.store_files import INDEX_FILE, cap_of
+from tiermem.store_files import cap_of
 from tiermem.store_reader import StoreReader
 
 BLOCK_BYTES = 512
