@@ -96,6 +96,7 @@ LAYERS = {
         "tiermem.step_work",
         "tiermem.streaming",
         "tiermem.upload",
+        "tiermem.write_through",
     ],
     "manager": [
         "tiermem.build",

@@ -24,10 +24,8 @@ from tiermem.chunks import (
     step_bytes,
 )
 from tiermem.core import Core
-from tiermem.device.protocol import Event, Slices
 from tiermem.errors import ClosedError, TierMemError, TransferError
 from tiermem.lookahead import Lookahead
-from tiermem.page_sums import Sums
 from tiermem.plan import Plan
 from tiermem.planner import make_plan, plan_resident
 from tiermem.pools import Ids, Slots, Tier, as_ids
@@ -37,6 +35,7 @@ from tiermem.sequence import Sequence
 from tiermem.step_record import StepRecord
 from tiermem.step_work import StepWork
 from tiermem.upload import Upload
+from tiermem.write_through import WriteThrough
 
 
 class StepOwner(Protocol):
@@ -79,8 +78,7 @@ class Step:
         self._lookahead = Lookahead(core.ring, [], 0)
         self._ram_tables: Any = None
         self._attended = as_ids([])
-        self._born: dict[int, tuple[Slices, Sums | None]] = {}
-        self._saves: list[Event] = []
+        self._through = WriteThrough(core)
         self._wanted = StepBytes(0, 0, 0)
         self._start_s = 0.0
         self._streamed_before = (0, 0)
@@ -162,7 +160,7 @@ class Step:
         for i, chunk in enumerate(self._chunks):
             if chunk.token_slots is not None:
                 self._fill(layer, i)
-                self._save(chunk, layer)
+                self._through.save(chunk, layer)
         self._next_layer += 1
 
     @trace.traced("attend")
@@ -344,23 +342,6 @@ class Step:
         k, v = self._kv
         self._core.backend.store(ring.view, layer, k[chunk.rows], v[chunk.rows], chunk.token_slots)
 
-    def _save(self, chunk: Chunk, layer: int) -> None:
-        """Write-through: the filled slices go to their home in a lower tier."""
-        core, slots = self._core, self._core.table.slots(chunk.written, chunk.home)
-        first = int(chunk.written[0])
-        if first not in self._born:
-            sums, rows = (
-                (None, core.mover.sums.rows(Tier.RAM, slots))
-                if chunk.home == Tier.RAM
-                else core.mover.sums.new_rows(len(slots))
-            )
-            self._born[first] = core.ring.slices_of(chunk.half, rows), sums
-        slices = self._born[first][0]
-        if chunk.home == Tier.RAM:
-            self._saves.append(core.ring.save(chunk.half, slices, layer, slots))
-        else:
-            core.ring.save_cold(chunk.half, slices, layer, slots)
-
     # ---- the end -----------------------------------------------------------------------------------
 
     def _settle_ram(self) -> RamWork:
@@ -420,7 +401,7 @@ class Step:
     def _commit(self, plan: Plan) -> Ids:
         """The tokens become part of their sequences; pages that continued others replace them."""
         core = self._core
-        self._commit_write_through()
+        self._through.commit(self._chunks)
         fulls, full_pages = [], [as_ids([])]
         for share in plan.shares:
             share.sequence.advance(share.pages, share.new_tokens)
@@ -435,18 +416,6 @@ class Step:
                 if plan.is_resident or share.is_hot:
                     core.leases.grant(share.sequence, share.pages[:full])
         return np.concatenate([share.replaced for share in plan.shares])
-
-    def _commit_write_through(self) -> None:
-        core = self._core
-        written = [chunk for chunk in self._chunks if chunk.token_slots is not None]
-        for saved in self._saves:
-            saved.wait()
-        for chunk in written:
-            if chunk.home == Tier.SSD:
-                sums = self._born[int(chunk.written[0])][1]
-                assert sums is not None
-                core.mover.finish_write_through(chunk.written, sums)
-            core.table.commit(chunk.written, chunk.home)
 
     def _end(self, plan: Plan, replaced: Ids | None) -> None:
         """Hand the pins to the list of work in flight. `replaced` is None where the step is undone."""
