@@ -121,14 +121,15 @@ def run_faults(seed: int, where: Path, tally: Tally) -> None:
 
 
 def _flush(actor: Actor, covered: list[list[int]]) -> list[list[int]]:
-    """What is on the disk for sure after a flush, if that returned."""
+    """What is on the disk for sure after a flush, if that returned and nothing was to be spared."""
     matched = matched_pages(actor)
     try:
         actor.do_flush()
     except actor.expected:
         actor.tally.refused += 1
         return covered
-    return matched
+    disk = actor.manager.stats().disk
+    return matched if disk is None or disk.pause is None else covered
 
 
 def _close(actor: Actor) -> None:
