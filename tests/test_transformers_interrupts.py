@@ -21,7 +21,7 @@ from tiermem.integrations.transformers import TieredCache
 from tiermem.pools import Tier
 
 OURS = str(Path(tiermem.integrations.transformers.__file__).parent)
-TRIES = int(os.environ.get("TIERMEM_INTERRUPTS", "25"))
+TRIES = int(os.environ.get("TIERMEM_INTERRUPTS", "12"))
 """At how many of the lines of a call it is interrupted; which, a random number decides."""
 
 

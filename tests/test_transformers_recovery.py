@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from damage import damage_ram, damage_ssd, pages_only_in
+from damage import damage, damage_cold, damage_ram, disturbed, pages_only_in, small_cache
 from tiny_models import (
     FAMILIES,
     PAGE_TOKENS,
@@ -19,73 +18,13 @@ from tiny_models import (
     tiers,
     tiny_model,
 )
-from transformers import (
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import DynamicCache
 
-from tiermem import CorruptPageError, OutOfPagesError, TransferError
 from tiermem.integrations.transformers import PromptLookup, TieredCache
-from tiermem.integrations.transformers.recovery import MOST_ATTEMPTS
 from tiermem.pools import Tier
-from tiermem.store import ColdStore
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
 EVERYWHERE = np.arange(1000)
-
-
-class Vandal(LogitsProcessor):
-    """Does something to the cache before some of the choices of tokens, and changes no score."""
-
-    def __init__(self, act: Callable[[int], None]) -> None:
-        self._act = act
-        self.count = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._act(self.count)
-        self.count += 1
-        return scores
-
-
-def small_cache(
-    model: PreTrainedModel, path: Path, gpu_pages: int = 4, ram_pages: int = 4
-) -> TieredCache:
-    """Few hot and warm pages, the rest on disk."""
-    return TieredCache(model, tiers(model, gpu_pages, ram_pages, path), page_tokens=PAGE_TOKENS)
-
-
-def damage(cache: TieredCache, numbers: np.ndarray, where: int = 0, row: int = 0) -> int:
-    """As damage_ssd, of those that the row has; at least one."""
-    pages = cache._rows.sequences[row].pages
-    hurt = damage_ssd(cache, numbers[numbers < len(pages)], where, row)
-    assert hurt
-    return hurt
-
-
-def damage_cold(cache: TieredCache, *chosen: int, where: int = 0, row: int = 0) -> int:
-    """Damage some of the pages of a row that are on the SSD alone: 0 for the first; the first one's number."""
-    cold = pages_only_in(cache, Tier.SSD, row)
-    damage(cache, cold[list(chosen)], where, row)
-    return int(cold[chosen[0]])
-
-
-def disturbed(
-    model: PreTrainedModel,
-    cache: TieredCache,
-    ids: torch.Tensor,
-    act: Callable[[int], None],
-    **options: object,
-) -> torch.Tensor:
-    """What is generated while `act` happens between tokens."""
-    tokens: torch.Tensor = model.generate(
-        ids, past_key_values=cache, logits_processor=LogitsProcessorList([Vandal(act)]), **options
-    )
-    cache.manager.check()
-    return tokens
 
 
 # ---- the same text -------------------------------------------------------------------------------------
@@ -118,8 +57,14 @@ def test_damage_at_random_moments(
         assert sum(int(text.split()[0]) for text in told) == stats.computed_again_tokens
 
 
-@pytest.mark.parametrize("settings", [{"verify_ram": "always"}, {"cpu_share": 0.0}])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"verify_ram": "always"}),
+        ("llama", {"cpu_share": 0.0}),
+        ("qwen2", {"verify_ram": "always"}),
+    ],
+)
 def test_damage_in_ram(family: str, settings: dict[str, object], tmp_path: Path) -> None:
     """Of pages that are attended where they lie, and of pages that are streamed; some have a copy on the SSD."""
     model = tiny_model(family, 8)
@@ -172,7 +117,7 @@ def test_logits_after_damage_are_those_without(layer: int, tmp_path: Path) -> No
         assert cache.stats().computed_again_tokens > 300
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_rows_with_padding_that_lose_different_pages(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, 3)
     ids, mask = left_padded([random_ids(1, n, n)[0] for n in (150, 61, 130)])
@@ -270,7 +215,7 @@ def test_drafts_of_transformers_go_on(tmp_path: Path) -> None:
 # ---- what was stored before ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("numbers", [[0], [3], [2, 8], list(range(9))])
+@pytest.mark.parametrize("numbers", [[0], [2, 8], list(range(9))])
 def test_an_attached_prompt_that_turns_out_damaged(numbers: list[int], tmp_path: Path) -> None:
     model = tiny_model("llama", 10)
     ids = random_ids(1, 150, 10)
@@ -351,178 +296,3 @@ def test_padding_between_tokens_is_left_out_again(tmp_path: Path) -> None:
         expected, logits = (result.logits for result in results)
         assert (logits - expected).abs().max() < 2e-4 * expected.abs().max()
         assert cache.stats().computed_again_tokens == 140 - first * PAGE_TOKENS
-
-
-# ---- what is refused -----------------------------------------------------------------------------------
-
-
-def refuse(
-    model: PreTrainedModel,
-    cache: TieredCache,
-    reason: str,
-    arguments: dict[str, torch.Tensor],
-    ids: torch.Tensor,
-) -> None:
-    """After the damage of a page nothing goes on and nothing is changed; the cache can take another text."""
-    columns = cache.get_seq_length()
-    for _ in range(2):
-        with pytest.raises(CorruptPageError, match=reason) as caught:
-            model(**arguments, past_key_values=cache)
-        assert caught.value.lost
-        assert cache.get_seq_length() == columns
-    cache.manager.check()
-    assert cache.stats().computed_again_tokens == 0
-    cache.reset()
-    assert torch.equal(
-        model.generate(ids, past_key_values=cache, **GREEDY), reference(model, ids, **GREEDY)
-    )
-
-
-@torch.no_grad()
-def test_embeddings_cannot_be_computed_again(tmp_path: Path) -> None:
-    model = tiny_model("llama", 16)
-    ids = random_ids(1, 200, 16)
-    with small_cache(model, tmp_path) as cache:
-        model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
-        damage_cold(cache, 1)
-        refuse(model, cache, "row 0 has tokens", {"input_ids": ids[:, :1]}, ids)
-
-
-@torch.no_grad()
-def test_positions_that_the_model_chose_among_padding_are_not_guessed(tmp_path: Path) -> None:
-    model = tiny_model("llama", 17)
-    ids, mask = left_padded([random_ids(1, n, n)[0] for n in (150, 140)])
-    with small_cache(model, tmp_path) as cache:
-        model(ids, attention_mask=mask, past_key_values=cache)
-        damage_cold(cache, 1, row=1)
-        more = {"input_ids": ids[:, :1], "attention_mask": torch.cat([mask, mask[:, -1:]], 1)}
-        refuse(model, cache, "row 1 has tokens", more, ids[:1])
-
-
-@torch.no_grad()
-def test_rotations_that_depend_on_the_length_are_not_computed_again(tmp_path: Path) -> None:
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=131, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=64, rope_parameters=rope,
-            eos_token_id=None, pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
-    ids = random_ids(1, 200, 18)
-    with small_cache(model, tmp_path) as cache:
-        model(ids, past_key_values=cache)
-        damage_cold(cache, 1)
-        refuse(model, cache, "length of the text", {"input_ids": ids[:, :1]}, ids)
-
-
-def test_damage_without_end_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", 19)
-    ids = random_ids(1, 200, 19)
-    expected = reference(model, ids, **GREEDY)
-    with small_cache(model, tmp_path) as cache, torch.no_grad():
-        model(ids[:, :199], past_key_values=cache)
-        attempts = 0
-
-        def never_good(_store: ColdStore, reading: object) -> np.ndarray:
-            nonlocal attempts
-            attempts += 1
-            return np.zeros(len(reading.slots), dtype=np.bool_)  # type: ignore[attr-defined]
-
-        with monkeypatch.context() as patch:
-            patch.setattr(ColdStore, "verify", never_good)
-            with pytest.raises(CorruptPageError):
-                model(ids[:, 199:], past_key_values=cache)
-        assert attempts <= 2 * MOST_ATTEMPTS
-        cache.manager.check()
-        assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
-
-
-# ---- a disk that is gone -------------------------------------------------------------------------------
-
-
-def break_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The SSD answers no read any more."""
-
-    def fail(*_: object) -> None:
-        raise TransferError("read of the SSD: Input/output error")
-
-    monkeypatch.setattr(ColdStore, "read", fail)
-    monkeypatch.setattr(ColdStore, "read_slices", fail)
-
-
-def test_a_disk_that_cannot_be_read_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama", 20)
-    ids = random_ids(1, 150, 20)
-    expected = reference(model, ids, **GREEDY)
-    with small_cache(model, tmp_path) as cache:
-        model.generate(ids, past_key_values=cache, **GREEDY)
-    with small_cache(model, tmp_path, 6, 8) as cache:
-        assert cache.attach(ids) == 144
-        break_reads(monkeypatch)
-        assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
-        assert cache.stats().computed_again_tokens == 144
-        cache.manager.check()
-
-
-def test_a_disk_that_is_needed_is_not_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama", 21)
-    ids = random_ids(1, 200, 21)
-    expected = reference(model, ids, **GREEDY)
-    with small_cache(model, tmp_path) as cache, torch.no_grad():
-        model(ids[:, :190], past_key_values=cache)
-        with monkeypatch.context() as patch:
-            break_reads(patch)
-            with pytest.raises(TransferError, match="Input/output error"):
-                model(ids[:, 190:], past_key_values=cache)
-        assert cache.get_seq_length() == 190
-        assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
-        assert cache.stats().computed_again_tokens == 0
-
-
-def test_a_read_that_fails_once_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama", 22)
-    ids = random_ids(1, 200, 22)
-    read_slices, calls = ColdStore.read_slices, 0
-
-    def fail_sometimes(store: ColdStore, *arguments: object) -> object:
-        nonlocal calls
-        calls += 1
-        if calls % 10 == 0:
-            raise TransferError("read of the SSD: took too long")
-        return read_slices(store, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(ColdStore, "read_slices", fail_sometimes)
-    with small_cache(model, tmp_path) as cache:
-        out = model.generate(ids, past_key_values=cache, **GREEDY)
-        assert torch.equal(out, reference(model, ids, **GREEDY))
-        assert calls > 30
-        assert cache.stats().computed_again_tokens == 0
-
-
-def test_without_room_to_compute_again_the_call_raises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model("llama", 23)
-    ids = random_ids(1, 200, 23)
-    with small_cache(model, tmp_path) as cache, torch.no_grad():
-        model(ids[:, :190], past_key_values=cache)
-        first = damage_cold(cache, 1)
-
-        def full(*_: object, **__: object) -> None:
-            raise OutOfPagesError("on purpose")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(cache._calls, "compute_again", full)
-            with pytest.raises(OutOfPagesError):
-                model(ids[:, 190:], past_key_values=cache)
-        assert cache.get_seq_length() == first * PAGE_TOKENS
-        assert torch.equal(
-            model.generate(ids, past_key_values=cache, **GREEDY), reference(model, ids, **GREEDY)
-        )

@@ -96,8 +96,9 @@ class _Rescue:
                 continue
             if num_tokens:
                 log.warning(
-                    "%d tokens of %d rows were computed again, because their pages were lost: %s",
-                    num_tokens, len(self._hit), error,
+                    "%d tokens of %d rows were computed again, because their pages were %s",
+                    num_tokens, len(self._hit),
+                    "damaged" if self._tiers != NEAR_TIERS else "on an SSD that cannot be read",
                 )  # fmt: skip
             return result
         raise error
