@@ -13,6 +13,7 @@ import pytest
 TESTS = Path(__file__).parent
 LIMIT_S = 280
 LEAST_KILLS = 200
+HARM = ("scarcity", "flip", "memory", "index", "store", "soak", "parse")
 
 
 def torture(*arguments: str, code: str = "") -> tuple[int, dict[str, object]]:
@@ -63,6 +64,8 @@ def test_flipped_bits_damaged_stores_hostile_bytes_and_long_use_do_no_harm() -> 
     status, summary = torture(*kinds, "--cases", "2")
     assert_clean(status, summary)
     assert isinstance(summary["flips"], dict)
+    assert isinstance(summary["faults"], dict)
+    assert summary["faults"].get("memory refused", 0) > 0
     assert {"payload", "trailer", "memory"} <= summary["flips"].keys()
     assert any(place.startswith("index") for place in summary["flips"])
     assert isinstance(summary["corrupt_found"], int)

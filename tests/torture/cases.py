@@ -16,6 +16,7 @@ from torture.flips import run_flips, run_index_flips, run_memory_flips
 from torture.kills import run_kills
 from torture.parsers import run_parsers
 from torture.process import FAILED, Child
+from torture.scarcity import run_scarcity
 from torture.soak import run_soak
 from torture.stores import run_stores
 from torture.tally import Finding, Tally
@@ -26,6 +27,7 @@ Run = Callable[[int, Path, Tally], None]
 KINDS: dict[str, Run] = {
     "kill": run_kills,
     "fault": run_faults,
+    "scarcity": run_scarcity,
     "flip": run_flips,
     "memory": run_memory_flips,
     "index": run_index_flips,
