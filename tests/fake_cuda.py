@@ -95,6 +95,7 @@ class FakeCuda:
         self.recorded: dict[int, int] = {}
         self.waits: list[tuple[int, int]] = []
         self.held = False
+        self.hung = False
         self.batch_sizes: list[int] = []
         self.has_batch = True
         self.has_compiler = True
@@ -196,9 +197,9 @@ class FakeCuda:
         self.streams.remove(stream)
         return (0,)
 
-    def cudaStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
+    def cudaStreamQuery(self, stream: int) -> tuple[Any, ...]:
         self._need_stream(stream)
-        return (0,)
+        return (NOT_READY if self.hung else 0,)
 
     def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Any, ...]:
         self._need_stream(stream)
@@ -244,12 +245,7 @@ class FakeCuda:
     def cudaEventQuery(self, event: int) -> tuple[Any, ...]:
         self._need_context()
         assert event in self.events
-        return (NOT_READY if self.held else 0,)
-
-    def cudaEventSynchronize(self, event: int) -> tuple[Any, ...]:
-        self._need_context()
-        assert event in self.events
-        return (0,)
+        return (NOT_READY if self.held or self.hung else 0,)
 
     def cudaEventDestroy(self, event: int) -> tuple[Any, ...]:
         self.events.remove(event)

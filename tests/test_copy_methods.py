@@ -206,7 +206,7 @@ def test_after_a_refused_batch_the_next_one_goes_through(
             device.copy(UP, dst, src, PAGE, stream)
         except TransferError as error:
             assert f"{name}: cudaErrorIllegalAddress" in str(error)  # noqa: PT017
-            assert fake.calls["cudaStreamSynchronize"] == 3
+            assert fake.calls["cudaStreamQuery"] == 3
         fake.failing.clear()
         memory.tensor.random_(0, 256)
         device.copy(UP, dst, src, PAGE, stream)

@@ -12,7 +12,7 @@ from fake_cuda import FakeCuda
 
 from tiermem.device import Direction, Memory, cuda, cuda_device
 from tiermem.device.cuda_device import CudaDevice
-from tiermem.errors import ConfigError, InvariantError, TransferError
+from tiermem.errors import ConfigError, DeadlineError, InvariantError, TransferError
 
 NONE = 0
 ILLEGAL_ADDRESS = 700
@@ -157,15 +157,15 @@ def test_a_refused_copy_raises_when_its_first_pieces_have_ended(
                 stream,
             )
         # its own, and the two whose kernels spread what is staged
-        assert fake.calls["cudaStreamSynchronize"] == 3
+        assert fake.calls["cudaStreamQuery"] == 3
 
 
 def test_an_event_that_failed_says_so_every_time(fake: FakeCuda, device: CudaDevice) -> None:
     queried, waited = device.new_stream().record(), device.new_stream().record()
-    fake.failing["cudaEventQuery"] = fake.failing["cudaEventSynchronize"] = ILLEGAL_ADDRESS
+    fake.failing["cudaEventQuery"] = ILLEGAL_ADDRESS
     with pytest.raises(TransferError, match="cudaEventQuery: cudaErrorIllegalAddress: an illegal"):
         queried.done()
-    with pytest.raises(TransferError, match="cudaEventSynchronize: cudaErrorIllegalAddress"):
+    with pytest.raises(TransferError, match="cudaEventQuery: cudaErrorIllegalAddress"):
         waited.wait()
     fake.failing.clear()
     for event in (queried, waited):
@@ -215,6 +215,36 @@ def test_a_pending_event_is_never_lent_twice(fake: FakeCuda, device: CudaDevice)
     held = [stream.record() for _ in range(50)]
     assert not any(event.done() for event in held)
     assert len(fake.recorded) == 50
+
+
+def test_no_wait_for_a_gpu_that_hangs_is_longer_than_its_deadline(
+    fake: FakeCuda, device: CudaDevice
+) -> None:
+    stream = device.new_stream()
+    device.copy_timeout_s = 0.02
+    event, fake.hung = stream.record(), True
+    for wait in (event.wait, stream.synchronize, device.drain):
+        with pytest.raises(DeadlineError, match="within copy_timeout_s"):
+            wait()
+    assert event.is_late()
+    fake.hung = False
+    event.wait()
+    assert not event.is_late()
+
+
+def test_a_gpu_that_hangs_is_closed_without_freeing_what_it_may_use(fake: FakeCuda) -> None:
+    device = CudaDevice(0)
+    hot, host = device.allocate(1 << 20), device.allocate_host(1 << 20)
+    device.new_stream()
+    device.copy_timeout_s, fake.hung = 0.02, True
+    with pytest.raises(DeadlineError):
+        device.close()
+    device.close()
+    hot.free()
+    host.free()
+    assert len(fake.device_memory) == 2  # the copies' staging besides
+    assert len(fake.pinned) == 1
+    assert fake.streams
 
 
 def test_events_are_reused_when_their_handle_is_dropped(fake: FakeCuda, device: CudaDevice) -> None:

@@ -38,7 +38,14 @@ def test_a_random_run_survives_when_no_rule_is_broken(tmp_path: Path) -> None:
 def break_r1(patch: pytest.MonkeyPatch) -> None:
     """Pins are released, and copies called VALID, before the copy was seen to have ended."""
     poll = Transfer.poll
-    patch.setattr(Transfer, "poll", lambda self: self._then is None or poll(self))
+
+    def poll_early(self: Transfer) -> bool:
+        if self._then is not None:
+            return poll(self)
+        self._running, self._damaged = None, np.empty(0, dtype=np.int64)
+        return True
+
+    patch.setattr(Transfer, "poll", poll_early)
 
 
 def break_r2(patch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from io_support import POISON, Bytes, memory, random_memory, rng_fixture  # noqa: F401
 
-from tiermem import ConfigError, PageLayout, TransferError, _core, store_transfer
+from tiermem import ConfigError, DeadlineError, PageLayout, TransferError, _core, store_transfer
 from tiermem._core import EngineKind, FaultOps, FileCall
 from tiermem.disk_rates import DiskOptions
 from tiermem.store import INDEX_BYTES, INDEX_BYTES_PER_SLOT, ColdStore
@@ -260,9 +260,15 @@ def test_a_deadline_passes_while_a_part_hangs(faulty: ColdStore, faults: FaultOp
     transfer = faulty.read(np.arange(6, dtype=np.int64), at(pages))
     with pytest.raises(TransferError, match=r"io_timeout_s=0\.2"):
         transfer.wait()
+    with pytest.raises(TransferError, match="SSD tier is off"):
+        move(faulty.read(np.arange(6, dtype=np.int64), at(pages)))
+    assert faulty.num_late == 1
     faults.release()
-    while not transfer.poll():
+    while faulty.num_late:
         pass
+    with pytest.raises(DeadlineError):  # what comes late is not used
+        transfer.poll()
+    assert faulty.num_late == 0
 
 
 def test_a_failed_slice_is_told_after_all_parts(faulty: ColdStore, faults: FaultOps) -> None:

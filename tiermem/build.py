@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import psutil
 
@@ -19,19 +21,21 @@ from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, ProductMath
 from tiermem.attention.queued import QueuedAttention
 from tiermem.calibration import Calibration
 from tiermem.cipher_key import find_key
-from tiermem.config import AttentionMath, TierConfig, VerifyRam
+from tiermem.config import AttentionMath, DebugMode, TierConfig, VerifyRam
 from tiermem.core import Core
 from tiermem.device.protocol import Device, DeviceKind, Memory, Progress
 from tiermem.disk_budget import DiskLimits
 from tiermem.disk_rates import DiskOptions
 from tiermem.errors import ConfigError
+from tiermem.fields import check_enum
 from tiermem.hand_over import HandOver
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.lease import Leases
 from tiermem.limits import share_at_start, split_rates
 from tiermem.page_sums import PageSums
-from tiermem.pools import SlotPool, Tier
+from tiermem.poison import Poison, PoisonedTable, PoolSlots, StoreSlots
+from tiermem.pools import Ids, SlotPool, Tier
 from tiermem.prefix import Prefixes
 from tiermem.ram_attention import (
     DirectAttention,
@@ -55,6 +59,7 @@ KEEP_WITHIN = 0.2
 """A store whose size was not given in bytes keeps the one it has, if that is as near to what it would get now."""
 ATTENDED_A_LAYER = {VerifyRam.SAMPLE: 1, VerifyRam.ALWAYS: None}
 """Pages that are attended in RAM and compared with their checksums; None: all."""
+DEBUG_VARIABLE = "TIERMEM_DEBUG"
 SHRINK = 0.9
 """A pool whose size was not given in bytes is tried again at this share of it when memory is refused."""
 
@@ -67,6 +72,7 @@ def build_core(
     device: Device,
     store: ColdStore | None,
     seal_idle: Callable[[], bool],
+    open_pages: Callable[[], Ids],
     progress: Progress | None = None,
     made: Calibration | None = None,
 ) -> Core:
@@ -79,6 +85,7 @@ def build_core(
     ConfigError: an explicit size does not fit, or no page does; everything allocated here is given back.
     """
     _check_threads(config.cpu_threads)
+    device.copy_timeout_s = config.copy_timeout_s
     backend = _backend(layout, config, device)
     with contextlib.ExitStack() as undo:
         hot_pool, ring_bytes = _hot_pool(layout, config, device)
@@ -94,6 +101,9 @@ def build_core(
             Tier.SSD: store.num_slots if store else 0,
         }
         table = _core.PageTable(*slots.values())
+        poison = _poison(config, device, pools, store)
+        if poison is not None:
+            table = cast("_core.PageTable", PoisonedTable(table, poison))
         prefixes = Prefixes(layout, model_id, shard, table, store)
         in_flight = InFlight()
         sums = PageSums(device, layout, table, pools, ATTENDED_A_LAYER[config.verify_ram])
@@ -101,6 +111,8 @@ def build_core(
             device, layout, table, in_flight, pools, store, prefixes, config.staging_pages, sums
         )
         undo.callback(mover.free)
+        if poison is not None:
+            mover.watch(poison)
         chunk_pages = ring_bytes // layout.layer_bytes // NUM_HALVES
         ring = Ring(device, layout, table, pools, store, mover, chunk_pages)
         undo.pop_all()
@@ -119,7 +131,7 @@ def build_core(
     ram = _ram_attention(layout, config, device, warm_pool, backend, made)
     leases = Leases(table, prefixes)
     guard = store.guard if store else None
-    room = Room(table, in_flight, mover, prefixes, leases, marks, seal_idle, guard)
+    room = Room(table, in_flight, mover, prefixes, leases, marks, seal_idle, open_pages, guard)
     return Core(
         layout,
         device,
@@ -135,6 +147,23 @@ def build_core(
         ring,
         ram,
     )
+
+
+def _poison(
+    config: TierConfig, device: Device, pools: dict[Tier, SlotPool], store: ColdStore | None
+) -> Poison | None:
+    """What looks after free memory, where configuration or environment ask for it."""
+    mode = config.debug
+    if wanted := os.environ.get(DEBUG_VARIABLE):
+        mode = check_enum(DEBUG_VARIABLE, wanted, DebugMode)
+    if mode is DebugMode.OFF:
+        return None
+    poison = Poison()
+    for tier, pool in pools.items():
+        poison.watch(tier.name, PoolSlots(pool, device))
+    if store is not None:
+        poison.watch(Tier.SSD.name, StoreSlots(store))
+    return poison
 
 
 def open_store(
@@ -241,7 +270,17 @@ def _hot_pool(layout: PageLayout, config: TierConfig, device: Device) -> tuple[S
                 f"gpu_limit={config.gpu_limit}"
             )
         wanted = min(wanted, limit)
-    return _pool("gpu", config.gpu, wanted, layout, device.allocate), ring_bytes
+
+    def allocate(num_bytes: int) -> Memory:
+        memory = device.allocate(num_bytes)
+        try:  # a pool beside which the ring has no room is too large
+            device.allocate(ring_bytes).free()
+        except ConfigError:
+            memory.free()
+            raise
+        return memory
+
+    return _pool("gpu", config.gpu, wanted, layout, allocate), ring_bytes
 
 
 def _warm_pool(

@@ -83,6 +83,13 @@ class VerifyRam(Enum):
     ALWAYS = "always"
 
 
+class DebugMode(Enum):
+    """What is checked besides. POISON: memory that nobody owns is filled, and checked when it is taken; slow."""
+
+    OFF = "off"
+    POISON = "poison"
+
+
 @dataclass(frozen=True, slots=True, init=False)
 class TierConfig:
     """Sizes and behaviour of the tiers; read-only.
@@ -106,6 +113,8 @@ class TierConfig:
     max_sequences: 1 to 65536, the most sequences in one step; sizes the step's fixed device buffers.
     io_engine: an IoEngine or its text.
     io_timeout_s: above 0 to 3600, deadline of one read or write, seconds.
+    copy_timeout_s: above 0 to 86400, deadline of a copy or a step on the device, seconds from when it was
+        enqueued: longer than the longest pass of the model.
     pressure_warning, pressure_critical: shares (0 to 1) of device or host memory in use at which a warning is
         logged, once a level.
     attention_math: an AttentionMath or its text.
@@ -114,6 +123,7 @@ class TierConfig:
     cpu_share: share (0 to 1) of a sequence's pages in RAM alone that the CPU attends there, while the other ones
         are streamed to the device; None for all on the CPU device, and beside a GPU for what ends both at once by
         the rates that `tiermem calibrate` measured, 0 without them.
+    debug: a DebugMode or its text; the environment variable TIERMEM_DEBUG has it too.
     decode_graphs: a DecodeGraphs or its text; for `CapturedDecode` and the Hugging Face integration.
     verify_ram: a VerifyRam or its text; for pages that the CPU attends in RAM.
 
@@ -137,6 +147,7 @@ class TierConfig:
     max_sequences: int
     io_engine: IoEngine
     io_timeout_s: float
+    copy_timeout_s: float
     pressure_warning: float
     pressure_critical: float
     attention_math: AttentionMath
@@ -144,6 +155,7 @@ class TierConfig:
     cpu_share: float | None
     decode_graphs: DecodeGraphs
     verify_ram: VerifyRam
+    debug: DebugMode
 
     def __init__(
         self,
@@ -163,6 +175,7 @@ class TierConfig:
         max_sequences: int = 256,
         io_engine: IoEngine | str = IoEngine.AUTO,
         io_timeout_s: float = 30.0,
+        copy_timeout_s: float = 120.0,
         pressure_warning: float = 0.90,
         pressure_critical: float = 0.97,
         attention_math: AttentionMath | str = AttentionMath.AUTO,
@@ -170,6 +183,7 @@ class TierConfig:
         cpu_share: float | None = None,
         decode_graphs: DecodeGraphs | str = DecodeGraphs.AUTO,
         verify_ram: VerifyRam | str = VerifyRam.SAMPLE,
+        debug: DebugMode | str = DebugMode.OFF,
     ) -> None:
         path = None if ssd_path is None else check_path("ssd_path", ssd_path)
         values: dict[str, object] = {
@@ -190,6 +204,7 @@ class TierConfig:
             "max_sequences": check_int("max_sequences", max_sequences, 1, 65536),
             "io_engine": check_enum("io_engine", io_engine, IoEngine),
             "io_timeout_s": check_number("io_timeout_s", io_timeout_s, 0.001, 3600),
+            "copy_timeout_s": check_number("copy_timeout_s", copy_timeout_s, 0.001, 86400),
             "pressure_warning": check_number("pressure_warning", pressure_warning, 0, 1),
             "pressure_critical": check_number("pressure_critical", pressure_critical, 0, 1),
             "attention_math": check_enum("attention_math", attention_math, AttentionMath),
@@ -199,6 +214,7 @@ class TierConfig:
             "cpu_share": None if cpu_share is None else check_number("cpu_share", cpu_share, 0, 1),
             "decode_graphs": check_enum("decode_graphs", decode_graphs, DecodeGraphs),
             "verify_ram": check_enum("verify_ram", verify_ram, VerifyRam),
+            "debug": check_enum("debug", debug, DebugMode),
         }
         for key, value in values.items():
             object.__setattr__(self, key, value)

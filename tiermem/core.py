@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +10,10 @@ import torch
 from tiermem import _core
 from tiermem.attention.backend import AttentionBackend
 from tiermem.attention.pool_view import PoolView
+from tiermem.breaker import Use
 from tiermem.device.protocol import Device, Event, Slices
-from tiermem.errors import CorruptPageError, TransferError
+from tiermem.device_work import release_when_over
+from tiermem.errors import CorruptPageError
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.lease import Leases
@@ -50,6 +51,7 @@ class Core:
         Raises
         ------
         CorruptPageError: a page has none: its bytes were found damaged, or could not be read.
+        TransferError: the only copy of a page is in a tier that is switched off.
         """
         tiers = np.full(len(ids), NO_SLOT, dtype=np.int64)
         for tier in reversed(Tier):
@@ -65,7 +67,17 @@ class Core:
                 pages=lost,
                 lost=lost,
             )
+        if (tiers == Tier.SSD).any():
+            self.mover.check(Use.READ)
         return tiers
+
+    def num_within_reach(self, ids: Ids) -> int:
+        """How many pages from the first on have a VALID copy in a tier that is not switched off."""
+        if self.mover.allows(Use.READ):
+            return len(ids)
+        states = [self.table.states(ids, tier) == VALID for tier in (Tier.GPU, Tier.RAM)]
+        missing = np.flatnonzero(~np.logical_or.reduce(states))
+        return int(missing[0]) if len(missing) else len(ids)
 
     def touch(self, ids: Ids) -> None:
         """Pages of one chain, in its order, are used now: parents stay hotter than their children."""
@@ -98,7 +110,7 @@ class Core:
             self.mover.quarantine.drop_found()
 
     def settle_filling(self, ids: Ids, tier: Tier) -> None:
-        """Wait until no copy of `ids` in `tier` is on its way."""
+        """Wait until no copy of `ids` in `tier` is on its way; DeadlineError where one missed its deadline."""
         while len(ids) and (self.table.states(ids, tier) == FILLING).any():
             self.in_flight.wait_any()
 
@@ -166,12 +178,15 @@ class Core:
             if damages := [damage for check in checks for damage in check.damages()]:
                 raise self.mover.quarantine.report(damages)
         finally:
-            with contextlib.suppress(TransferError):  # what failed was raised where it was used
-                self.mover.to_device.synchronize()
-                compute.record().wait()
-            for chosen, tier in pins:
-                self.table.unpin(chosen, tier)
-            self.drop_damaged()
+
+            def release() -> None:
+                checks.clear()  # what they compare is needed until now
+                for chosen, tier in pins:
+                    self.table.unpin(chosen, tier)
+                self.drop_damaged()
+
+            streams = [self.mover.to_device, compute]
+            release_when_over(self.in_flight, "reading pages", streams, release)
         layout = self.layout
         empty = self.ring.view.data.new_empty(
             (0, 2, layout.num_kv_heads, layout.page_tokens, layout.head_dim)

@@ -23,6 +23,10 @@ class TransferError(TierMemError, OSError):
     """A copy, a read or a write failed; the pages it was to fill are as they were before."""
 
 
+class DeadlineError(TransferError):
+    """Something was not over by its deadline. What still runs keeps what it uses till it ends."""
+
+
 class CorruptPageError(TransferError):
     """Bytes that came back are not the bytes that were stored; they were not served.
 

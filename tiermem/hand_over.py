@@ -18,7 +18,7 @@ from tiermem.attention.page_lse import PageLse, PagePlaces
 from tiermem.attention.pool_view import TORCH_DTYPES, PagedTables, PoolView
 from tiermem.attention.queued import Flag, QueuedAttention, QueuedTables
 from tiermem.device.protocol import Device, Event, Memory
-from tiermem.errors import TransferError
+from tiermem.errors import ConfigError, TransferError
 from tiermem.ram_attention import RamPolicy, RamWork
 
 NUM_BUFFERS = 4
@@ -281,7 +281,10 @@ class HandOver:
         dtype = TORCH_DTYPES[self._pool.layout.dtype]
         sizes = [items * dtype.itemsize, items * 4, rows * 4, pages * 4]
         padded = [-(-size // ALIGN_BYTES) * ALIGN_BYTES for size in sizes]
-        memory = self._device.allocate_host(sum(padded))
+        try:
+            memory = self._device.allocate_host(sum(padded))
+        except ConfigError as error:  # the step fails, the manager goes on
+            raise TransferError(f"the CPU cannot attend: {error}") from error
         host = [part[:size] for part, size in zip(memory.tensor.split(padded), sizes, strict=True)]
         shown = self._device.view(memory).split(padded)
         return _Buffer(

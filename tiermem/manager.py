@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from types import TracebackType
 
 import numpy as np
 import psutil
 import torch
 
+from tiermem.breaker import Use
 from tiermem.build import build_core, open_store
+from tiermem.closing import Closing, Memories
 from tiermem.config import TierConfig
 from tiermem.device.discovery import open_device
 from tiermem.device.protocol import Device, Progress
@@ -26,13 +29,14 @@ from tiermem.limits import (
     route_limits,
     use_best_copies,
 )
-from tiermem.pools import Tier
+from tiermem.plan import NO_PAGES
+from tiermem.pools import Ids, Tier
 from tiermem.pressure import Pressure
 from tiermem.publication import write_published
 from tiermem.resident import ResidentPool
 from tiermem.sequence import Sequence, check_token_ids
 from tiermem.snapshots import Publisher
-from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
+from tiermem.stats import BreakerStats, FlowStats, SequenceStats, Stats, TierStats
 from tiermem.step import Step
 from tiermem.step_record import StepRecord
 from tiermem.store import ColdStore
@@ -89,17 +93,20 @@ class TierManager:
         self._last_step: StepRecord | None = None
         self._reads = dict.fromkeys(Tier, 0)
         self._started_s = time.time()
+        self._publisher = Publisher()
         self._device = device if device is not None else open_device(config.device)[0]
         self._store: ColdStore | None = None
         try:
             # memory that lasts is written whether inference mode is on then or not
             with torch.inference_mode(False):
                 self._build(progress)
+            self._pressure = Pressure(
+                self._device, config.pressure_warning, config.pressure_critical
+            )
+            self._publisher.publish(self.stats)
         except BaseException:
             self._abandon()
             raise
-        self._pressure = Pressure(self._device, config.pressure_warning, config.pressure_critical)
-        self._publisher.publish(self.stats)
 
     def __enter__(self) -> TierManager:
         return self
@@ -110,6 +117,8 @@ class TierManager:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error is not None:
+            self._step = None  # an interrupt may have come while it was left
         self.close()
 
     @property
@@ -157,6 +166,7 @@ class TierManager:
         root = core.prefixes.chain_root(salt)
         keys = core.prefixes.chain(root.hash, np.array(ids[:limit], dtype=np.int64))
         pages = core.prefixes.match(keys)
+        pages = pages[: core.num_within_reach(pages)]
         core.table.add_ref(pages)
         core.touch(pages)
         core.prefixes.note_attached(pages, keys[: len(pages)])
@@ -193,6 +203,7 @@ class TierManager:
         self._check_open()
         self._core.in_flight.reap()
         self._core.drop_damaged()
+        self._core.mover.probe()
         self._core.room.demote_ahead()
         if self._store is not None:
             self._store.poll()
@@ -204,13 +215,19 @@ class TierManager:
 
         Raises
         ------
-        ConfigError: there is no SSD tier. TransferError: a write failed.
+        ConfigError: there is no SSD tier. TransferError: a write failed, or the SSD tier is switched off: says
+        why, and when it is tried again. DeadlineError: something in flight has missed its deadline.
         """
         self._check_open()
         if self._store is None:
             raise ConfigError("flush: there is no SSD tier (ssd=0); give ssd and ssd_path")
-        self._core.in_flight.drain()
-        write_published(self._core, self._store)
+        core = self._core
+        core.mover.probe()
+        core.in_flight.drain()
+        core.mover.check(Use.WRITE)
+        core.in_flight.check_late()
+        write_published(core, self._store)
+        core.mover.check(Use.WRITE)
         self._store.sync()
 
     # ---- seeing ------------------------------------------------------------------------------------
@@ -238,6 +255,7 @@ class TierManager:
             sequences=tuple(
                 SequenceStats(s.label, s.num_tokens, len(s.pages)) for s in self._sequences
             ),
+            breakers=() if self._store is None else (_breaker_stats(self._store),),
             steps=counts["steps"],
             in_flight=len(core.in_flight),
             published_pages=len(core.prefixes),
@@ -277,22 +295,13 @@ class TierManager:
     def close(self) -> None:
         """Close every sequence, write published pages to the SSD, within its cap, and give everything back.
 
-        A second call does nothing. What cannot be written is logged, not raised: it is lost from the cache only.
+        Always returns, also where a disk or the device hangs: memory that they may still use is then kept for the
+        life of the process. A second call does nothing, or goes on where an interrupt ended the first. What cannot
+        be written is logged, not raised: it is lost from the cache only.
         """
-        if self._closed:
-            return
         if self._step is not None:
             raise TierMemError("a step is still running: leave it before the manager is closed")
-        core = self._core
-        core.in_flight.drain()
-        for sequence in list(self._sequences):
-            sequence.close()
-        self._closed = True
-        try:
-            if self._store is not None:
-                write_published(self._core, self._store)
-        finally:
-            self._free()
+        self._closing.run()
 
     # ---- for sequences and steps -------------------------------------------------------------------
 
@@ -339,16 +348,36 @@ class TierManager:
         self._store = open_store(self.layout, self.config, disk_options(made, self.config))
         self._core = build_core(
             self.layout, self.config, self.model_id, self.shard, self._device, self._store,
-            self._seal_idle, progress, made,
+            self._seal_idle, self._open_pages, progress, made,
         )  # fmt: skip
         self._resident = ResidentPool(self._core)
-        self._publisher = Publisher()
+        self._closing = Closing(self._stages_of_closing())
 
     def _abandon(self) -> None:
         """Give back what `_build` has opened before it failed."""
+        stages = [self._device.close, self._publisher.withdraw]
         if self._store is not None:
-            self._store.close()
-        self._device.close()
+            stages.insert(0, self._store.close)
+        self._closed = True
+        Closing(stages).run()
+
+    def _stages_of_closing(self) -> list[Callable[[], None]]:
+        core, store = self._core, self._store
+        memories = Memories(core, self._device, store, self.config.io_timeout_s)
+        stages = [core.in_flight.drain, self._close_sequences]
+        if store is not None:
+            # what an interrupt left half done may lack the pins of a step that still runs
+            stages += [self._device.drain, partial(write_published, core, store)]
+        stages.append(memories.free)
+        if store is not None:
+            stages.append(store.close)
+        return [*stages, self._device.close, self._publisher.withdraw]
+
+    def _close_sequences(self) -> None:
+        self._closed = True
+        for sequence in list(self._sequences):
+            sequence.step_running = False
+            sequence.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -382,6 +411,10 @@ class TierManager:
         idle = (sequence for sequence in self._sequences if not sequence.step_running)
         return any(sequence.seal_tail() for sequence in idle)
 
+    def _open_pages(self) -> Ids:
+        """The pages of all sequences, each once."""
+        return np.unique(np.concatenate([NO_PAGES, *(s.pages for s in self._sequences)]))
+
     def _tier_stats(self, tier: Tier) -> TierStats:
         core = self._core
         counts = core.table.counts(tier)
@@ -402,21 +435,13 @@ class TierManager:
             corrupt=core.mover.quarantine.num_corrupt[tier],
         )
 
-    def _free(self) -> None:
-        core = self._core
-        core.in_flight.drain()
-        if core.ram is not None and not core.ram.close(self.config.io_timeout_s):
-            log.error("attention on the CPU did not end: its memory is not given back")
-        if self._store is not None:
-            self._store.unregister_memory()
-        core.mover.free()
-        core.ring.free()
-        for pool in core.pools.values():
-            pool.free()
-        if self._store is not None:
-            self._store.close()
-        self._device.close()
-        self._publisher.withdraw()
+
+def _breaker_stats(store: ColdStore) -> BreakerStats:
+    report = store.breaker.report()
+    return BreakerStats(
+        Tier.SSD.name, report.state.value, report.reason, report.num_trips, store.num_late,
+        report.retry_in_s,
+    )  # fmt: skip
 
 
 def _check_identity(model_id: str, shard: tuple[int, int]) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tiermem import _core
 from tiermem.device.protocol import Device, Event, Slices, Stream
-from tiermem.errors import TransferError
+from tiermem.errors import DeadlineError, TransferError
 from tiermem.layout import PageLayout
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
 
@@ -215,6 +215,18 @@ class SumWork:
     def wait(self) -> None:
         """Block until it has."""
         self._event.wait()
+
+    def held(self) -> TransferError | None:
+        """Nobody counts on it."""
+        return None
+
+    def is_late(self) -> bool:
+        """Whether the device should have ended it."""
+        return self._event.is_late()
+
+    def expire(self) -> DeadlineError:
+        """It keeps its pins until it has ended."""
+        return DeadlineError(f"{len(self._ids)} sealed pages were not summed by the deadline")
 
     def finish(self) -> None:
         """Release the pins (R1)."""

@@ -6,14 +6,14 @@ is looked at (`make_plan`), in batches too.
 
 from __future__ import annotations
 
-import contextlib
 from functools import lru_cache
 
 import numpy as np
 
 from tiermem.core import Core
 from tiermem.device.protocol import Direction
-from tiermem.errors import OutOfPagesError, TransferError
+from tiermem.device_work import release_when_over
+from tiermem.errors import OutOfPagesError
 from tiermem.plan import NO_PAGE, NO_PAGES, Pin, Plan, Share
 from tiermem.pools import NO_SLOT, VALID, Ids, Slots, Tier
 from tiermem.sequence import Sequence
@@ -33,13 +33,28 @@ def make_plan(core: Core, sequences: list[Sequence], new_tokens: list[int]) -> P
     try:
         Planner(core, plan).run(sequences, new_tokens)
     except BaseException:
-        with contextlib.suppress(TransferError):
-            core.mover.to_device.synchronize()  # nothing may still be written into the new pages
-            core.device.compute_stream().record().wait()  # or compared
-        plan.release_pins(core)
-        plan.discard_created(core)
+        undo(core, plan)
         raise
     return plan
+
+
+def undo(core: Core, plan: Plan) -> None:
+    """Let go of all that the plan of a failed step holds, once nothing can write there any more.
+
+    Where that misses its deadline, it happens when it is over.
+    """
+
+    def release() -> None:
+        plan.release_pins(core)
+        plan.discard_created(core)
+
+    streams = [
+        core.device.compute_stream(),
+        core.mover.to_host,
+        core.mover.to_device,
+        core.mover.checks,
+    ]
+    release_when_over(core.in_flight, "an undone step", streams, release, core.mover.has_no_late_io)
 
 
 @traced("plan")

@@ -9,7 +9,18 @@ from tiermem import _core
 from tiermem._core import NO_SLOT, Tier
 from tiermem.device.protocol import Memory
 
-__all__ = ["FILLING", "NO_SLOT", "VALID", "Addresses", "Ids", "SlotPool", "Slots", "Tier", "as_ids"]
+__all__ = [
+    "ABSENT",
+    "FILLING",
+    "NO_SLOT",
+    "VALID",
+    "Addresses",
+    "Ids",
+    "SlotPool",
+    "Slots",
+    "Tier",
+    "as_ids",
+]
 
 Ids = NDArray[np.int64]
 """Page ids, one-dimensional."""
@@ -18,6 +29,7 @@ Slots = NDArray[np.int64]
 Addresses = NDArray[np.int64]
 
 VALID = int(_core.CopyState.VALID)
+ABSENT = int(_core.CopyState.ABSENT)
 FILLING = int(_core.CopyState.FILLING)
 
 

@@ -7,7 +7,7 @@ the disk is to be spared (its free space, its write budget), fewer are written.
 from __future__ import annotations
 
 from tiermem.core import Core
-from tiermem.pools import VALID, Ids, Tier
+from tiermem.pools import ABSENT, VALID, Ids, Tier
 from tiermem.store import ColdStore
 
 
@@ -35,6 +35,7 @@ def write_published(core: Core, store: ColdStore) -> None:
 
 def _write_from(core: Core, src: Tier, pages: Ids) -> None:
     """Write those of `pages` whose hottest copy is in `src`, and wait."""
+    pages = pages[core.table.states(pages, Tier.SSD) == ABSENT]  # not those of a write that is late
     held = pages[core.best_tiers(pages) == src]
     core.table.pin(held, src)
     try:

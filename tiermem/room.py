@@ -14,15 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
+from tiermem.breaker import Use
 from tiermem.disk_budget import DiskGuard
 from tiermem.errors import OutOfPagesError, TransferError
 from tiermem.inflight import InFlight
 from tiermem.lease import Leases
-from tiermem.pools import VALID, Ids, Tier
+from tiermem.pools import ABSENT, VALID, Ids, Tier
 from tiermem.prefix import Prefixes
 from tiermem.transfer import Mover
 
 log = logging.getLogger("tiermem")
+
+_NO_IDS: Ids = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,8 @@ class Room:
     """Frees slots of one manager's tiers: evicts what is clean, demotes what is dirty.
 
     `seal_idle` seals the open page of a sequence that is in no step, so that it can be demoted, and answers
-    whether there was one. `guard` says what may be written to the SSD though nobody needs it yet; None where
-    there is no SSD tier.
+    whether there was one. `open_pages` names the pages of all sequences, each once. `guard` says what may be
+    written to the SSD though nobody needs it yet; None where there is no SSD tier.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Room:
         leases: Leases,
         watermarks: dict[Tier, Watermarks],
         seal_idle: Callable[[], bool],
+        open_pages: Callable[[], Ids],
         guard: DiskGuard | None = None,
     ) -> None:
         self._table = table
@@ -59,6 +63,7 @@ class Room:
         self._leases = leases
         self._watermarks = watermarks
         self._seal_idle = seal_idle
+        self._open_pages = open_pages
         self._guard = guard
         self._lower_tiers = {
             tier: [t for t in Tier if t > tier and table.counts(t).slots > 0] for tier in Tier
@@ -82,6 +87,8 @@ class Room:
     def gain(self, tier: Tier, wanted: int) -> int:
         """Free up to `wanted` slots of `tier`, waiting for work in flight; how many are free, at most `wanted`."""
         failed = self._in_flight.num_failed
+        if not self._may_fill(tier):
+            return 0
         if tier == Tier.GPU and wanted > self._table.counts(tier).free:
             self._leases.end_all()
         while (missing := wanted - self._table.counts(tier).free) > 0:
@@ -92,9 +99,11 @@ class Room:
             if self._in_flight.num_failed > failed:
                 return wanted - missing  # the way down is broken: trying again would not end
             started = self.demote(tier, missing - self._mover.leaving[tier])
-            if len(self._in_flight):
+            if self._in_flight.can_wait:
                 self._in_flight.wait_any()
-            elif not started and not self._take_last_resort(tier, missing):
+                continue
+            self._in_flight.check_held()
+            if not started and not self._take_last_resort(tier, missing):
                 return wanted - missing
         return wanted
 
@@ -111,14 +120,19 @@ class Room:
 
     def evict(self, tier: Tier, count: int) -> int:
         """Drop up to `count` of the coldest copies that lose nothing; how many."""
-        return self._note_dropped(tier, *self._table.evict(tier, count))
+        kept = self._kept_while_off(tier)
+        self._table.pin(kept, tier)
+        try:
+            return self._note_dropped(tier, *self._table.evict(tier, count))
+        finally:
+            self._table.unpin(kept, tier)
 
     def demote(self, tier: Tier, count: int) -> int:
         """Start copying up to `count` of the coldest dirty pages down, making room for them; how many."""
         started = 0
         for lower in self._lower(tier):
-            ids = self._table.coldest_dirty(tier, count - started) if count > started else None
-            if ids is None or len(ids) == 0:
+            ids = self._to_demote(tier, lower, count - started)
+            if len(ids) == 0:
                 break
             if lower == Tier.SSD:
                 ids, given_up = self._needed(ids, tier)
@@ -212,7 +226,34 @@ class Room:
     # ---- inside ------------------------------------------------------------------------------------
 
     def _lower(self, tier: Tier) -> list[Tier]:
-        return self._lower_tiers[tier]
+        """Where copies of `tier` may go down to now."""
+        return [lower for lower in self._lower_tiers[tier] if self._may_fill(lower)]
+
+    def _may_fill(self, tier: Tier) -> bool:
+        """Whether the tier is not switched off."""
+        return tier != Tier.SSD or self._mover.allows(Use.WRITE)
+
+    def _kept_while_off(self, tier: Tier) -> Ids:
+        """Copies of pages in use whose only other ones are in an SSD tier that is switched off."""
+        if tier == Tier.SSD or self._mover.allows(Use.READ):
+            return _NO_IDS
+        ids = self._open_pages()
+        here = self._table.states(ids, tier) == VALID
+        others = [t for t in Tier if t not in (tier, Tier.SSD)]
+        elsewhere = np.logical_or.reduce([self._table.states(ids, t) == VALID for t in others])
+        kept: Ids = ids[here & ~elsewhere & (self._table.states(ids, Tier.SSD) == VALID)]
+        return kept
+
+    def _to_demote(self, tier: Tier, lower: Tier, count: int) -> Ids:
+        """Up to `count` of the coldest dirty pages, then of those that are kept."""
+        if count <= 0:
+            return _NO_IDS
+        ids = self._table.coldest_dirty(tier, count)
+        kept = self._kept_while_off(tier)
+        kept = kept[
+            (self._table.states(kept, lower) == ABSENT) & (self._table.pins(kept, tier) == 0)
+        ]
+        return np.concatenate([ids, kept[: count - len(ids)]])
 
     def _has_lower_copy(self, ids: Ids, tier: Tier) -> NDArray[np.bool_]:
         has_lower = np.zeros(len(ids), dtype=np.bool_)

@@ -64,6 +64,22 @@ class FlowStats:
 
 
 @dataclass(frozen=True, slots=True)
+class BreakerStats:
+    """Whether `tier` is used: `state` is "on", "read-only" or "off"; it was switched off `trips` times.
+
+    `reason` is the last one. It is tried again in `retry_in_s` seconds, None where it is on, and not before `late`
+    operations have ended, which have missed their deadline.
+    """
+
+    tier: str
+    state: str
+    reason: str
+    trips: int
+    late: int
+    retry_in_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceStats:
     """One open sequence."""
 
@@ -113,6 +129,7 @@ class Stats:
     last_step: StepRecord | None = None
     disk: DiskStats | None = None
     computed_again_tokens: int = 0
+    breakers: tuple[BreakerStats, ...] = ()
 
     @property
     def attended_gb_per_s(self) -> float:

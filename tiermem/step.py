@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -24,16 +25,16 @@ from tiermem.chunks import (
     step_bytes,
 )
 from tiermem.core import Core
+from tiermem.device_work import DeviceWork
 from tiermem.errors import ClosedError, TierMemError, TransferError
 from tiermem.lookahead import Lookahead
 from tiermem.plan import Plan
-from tiermem.planner import make_plan, plan_resident
+from tiermem.planner import make_plan, plan_resident, undo
 from tiermem.pools import Ids, Slots, Tier, as_ids
 from tiermem.ram_attention import RamWork, StepBytes
 from tiermem.resident import ResidentPool, ResidentTables
 from tiermem.sequence import Sequence
 from tiermem.step_record import StepRecord
-from tiermem.step_work import StepWork
 from tiermem.upload import Upload
 from tiermem.write_through import WriteThrough
 
@@ -423,20 +424,17 @@ class Step:
         self._plan = None
         self._kv = None
         core.ring.drop_ahead()
-        event = core.device.compute_stream().record()
         if replaced is not None:
+            event = core.device.compute_stream().record()
             for sequence in self._sequences:
                 sequence.written = event
-            core.in_flight.add(StepWork(core, plan, event))
+            what = f"a step of {plan.num_rows} new tokens"
+            core.in_flight.add(DeviceWork(what, [event], partial(plan.release_pins, core)))
             core.table.release(replaced)
             return
-        # undone: nothing may still write into what is given back
-        streams = core.mover.to_host, core.mover.to_device, core.mover.checks
-        for ends in (self._settle_ram, event.wait, *(stream.synchronize for stream in streams)):
-            with contextlib.suppress(TransferError):  # the step has failed already
-                ends()
-        plan.release_pins(core)
-        plan.discard_created(core)
+        with contextlib.suppress(TransferError):  # the step has failed already
+            self._settle_ram()
+        undo(core, plan)
         if core.mover.quarantine.is_waiting:
             core.in_flight.drain()  # steps that ended before may still hold the same copies
             core.drop_damaged()

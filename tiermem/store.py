@@ -15,6 +15,7 @@ the checksums, whenever it is read. So an entry that is outdated after a crash i
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -26,13 +27,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
+from tiermem.breaker import Breaker, Use
 from tiermem.cipher import CIPHER_NAME, Seal
 from tiermem.cipher_key import SecretKey
 from tiermem.disk_budget import DiskGuard, DiskLimits
 from tiermem.disk_rates import DiskOptions, open_engine
-from tiermem.errors import ConfigError, TransferError
+from tiermem.errors import ConfigError, DeadlineError, TransferError
+from tiermem.guarded_io import GuardedEngine
 from tiermem.index_image import INDEX_FILE, read_index
 from tiermem.layout import PageLayout
+from tiermem.patience import PatientCall
 from tiermem.store_files import (
     INDEX_BYTES,
     INDEX_BYTES_PER_SLOT,
@@ -130,7 +134,9 @@ class ColdStore:
             check_or_write_header(self._directory, layout, key.key_id if key else b"")
             num_there = self._directory.size_of("slots") // self.slot_stride
             self._file = open_slots(self._directory, self.slot_stride * self.num_slots)
-            self._engine = _open_engine(ENGINE_KINDS[io_engine], options)
+            self.breaker = Breaker("SSD")
+            engine = _open_engine(ENGINE_KINDS[io_engine], options)
+            self._engine = GuardedEngine(engine, self.breaker)
             self._index = self._open_index(num_there)
             self.guard = DiskGuard(
                 self._directory, cap_bytes, self.slot_stride, limits or DiskLimits()
@@ -147,6 +153,8 @@ class ColdStore:
         self._next_generation = max(time.time_ns(), newest + 1)
         self._synced_s = time.monotonic()
         self.num_corrupt = 0
+        self._is_idle = False
+        self._syncing: PatientCall | None = None
 
     # ---- whole pages -------------------------------------------------------------------------------
 
@@ -263,6 +271,7 @@ class ColdStore:
         run(
             self._engine,
             self.timeout_s,
+            tails,
             submit,
             self._file,
             offsets,
@@ -338,15 +347,16 @@ class ColdStore:
 
         Raises
         ------
-        TransferError: the disk or the index refused.
+        TransferError: the disk or the index refused. DeadlineError: it is not over `timeout_s` from now.
         """
+        if self.num_late:
+            raise TransferError(errno.EIO, self.breaker.describe())
+        call = self._syncing = PatientCall(self._sync_now, "making the SSD tier durable")
         try:
-            self._file.sync()
-        except OSError as error:
-            raise TransferError(
-                error.errno, f"the SSD tier was not synced: {error.strerror}"
-            ) from error
-        self._index.commit()
+            call.wait(self.timeout_s)
+        except DeadlineError as error:
+            self._engine.keep_late(call, str(error))
+            raise
         self._synced_s = time.monotonic()
 
     def poll(self) -> None:
@@ -354,6 +364,8 @@ class ColdStore:
 
         What cannot be made durable now is logged, and tried again.
         """
+        if not self.breaker.allows(Use.WRITE):
+            return
         since_s = time.monotonic() - self._synced_s
         if since_s < SYNC_S and self._index.num_pending < SYNC_RECORDS:
             return
@@ -365,6 +377,17 @@ class ColdStore:
         except TransferError as error:
             self._synced_s = time.monotonic()
             log.error("%s", error)
+
+    @property
+    def num_late(self) -> int:
+        """Reads and writes that missed their deadline and still run."""
+        self._engine.settle_late()
+        return self.breaker.num_late
+
+    def is_probe_due(self) -> bool:
+        """Whether the store is switched off and it is time to try it again."""
+        self._engine.settle_late()
+        return self.breaker.is_probe_due()
 
     @property
     def io_kind(self) -> str:
@@ -383,17 +406,32 @@ class ColdStore:
         """What the store's files take on the disk, as `du` counts."""
         return self._directory.disk_bytes()
 
+    def stop(self) -> bool:
+        """End reading and writing pages; whether all of it is over, so that its memory may be freed.
+
+        Where something has missed its deadline, it is not waited for again.
+        """
+        self._is_idle = self._is_idle or self._engine.close(self.timeout_s)
+        return self._is_idle
+
     def close(self) -> None:
-        """Make everything durable and give the store up. Nothing may be in flight."""
+        """Make everything durable and give the store up, whatever still runs. Later calls do nothing.
+
+        Raises
+        ------
+        TransferError: what was written last is not durable; all is given up even so, but files that are in use.
+        """
         if self._lock < 0:
             return
         try:
             self.sync()
         finally:
             self.guard.close()
-            self._engine.close(self.timeout_s)
-            self._index.close()
-            self._file.close()
+            is_idle = self.stop()
+            if self._syncing is None or self._syncing.poll():
+                self._index.close()
+                if is_idle:
+                    self._file.close()
             if self._vault is not None:
                 self._vault.close()
             self._directory.close()
@@ -401,6 +439,15 @@ class ColdStore:
             self._lock = -1
 
     # ---- inside ------------------------------------------------------------------------------------
+
+    def _sync_now(self) -> None:
+        try:
+            self._file.sync()
+        except OSError as error:
+            raise TransferError(
+                error.errno, f"the SSD tier was not synced: {error.strerror}"
+            ) from error
+        self._index.commit()
 
     def _open_index(self, num_there: int) -> StoreIndex:
         """The index; of a store that had slots, made again first where it is damaged or gone."""
@@ -472,7 +519,7 @@ class ColdStore:
         lengths = np.full(len(slots), TRAILER_BYTES, dtype=np.int64)
         addresses = tail_addresses(tails)
         submit = self._engine.submit_read
-        run(self._engine, self.timeout_s, submit, self._file, offsets, addresses, lengths)
+        run(self._engine, self.timeout_s, tails, submit, self._file, offsets, addresses, lengths)
         return tail_rows(tails)
 
     def _sums_at(self, addresses: _Int64s) -> NDArray[np.uint64]:

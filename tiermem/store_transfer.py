@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
-from tiermem.errors import TransferError
+from tiermem.errors import DeadlineError, TransferError
+from tiermem.guarded_io import GuardedEngine
 from tiermem.store_format import TRAILER_BYTES
 
 Int64s = NDArray[np.int64]
@@ -36,12 +37,14 @@ def parts_of(slots: Int64s, page_bytes: int) -> Iterator[Int64s]:
 class StoreTransfer:
     """Pages being read from or written to the store. Owns the trailers' memory until it has ended.
 
+    One that misses its deadline is kept by the engine until it has ended, and fails then.
+
     With `check`, a part is checked as soon as `poll` or `wait` sees that it has arrived.
     """
 
     def __init__(
         self,
-        engine: _core.IoEngine,
+        engine: GuardedEngine,
         slots: Int64s,
         addresses: Int64s,
         tails: mmap.mmap | None,
@@ -96,13 +99,29 @@ class StoreTransfer:
         return True
 
     def wait(self) -> None:
-        """Block until `poll` has an answer; raises TransferError at the deadline."""
+        """Block until `poll` has an answer; raises DeadlineError at the deadline."""
         while self._num_ended < len(self._parts):
             ticket, places = self._parts[self._num_ended]
             left_s = max(0.0, self._deadline_s - time.monotonic())
             if self._engine.wait(ticket, left_s).status is _core.IoStatus.PENDING:
-                raise too_late(self._timeout_s)
+                raise self.expire()
             self._take(ticket, places)
+
+    def is_late(self) -> bool:
+        """Whether the deadline is over and it was not seen to have ended."""
+        is_running = self._num_ended < len(self._parts)
+        return is_running and time.monotonic() >= self._deadline_s
+
+    def expire(self) -> DeadlineError:
+        """The deadline is over: what is told to who waits."""
+        error = DeadlineError(
+            f"the SSD tier did not answer within io_timeout_s={self._timeout_s:g} "
+            f"({len(self._parts) - self._num_ended} parts of {len(self.slots)} pages)"
+        )
+        self._check = None  # nobody will use what arrives
+        self._error = self._error or error
+        self._engine.keep_late(self, str(error))
+        return error
 
     def intact(self) -> NDArray[np.bool_]:
         """Which pages of an ended read are the very bytes that were written, in the order of `slots`."""
@@ -124,24 +143,28 @@ class StoreTransfer:
 
 
 def run(
-    engine: _core.IoEngine, timeout_s: float, submit: Callable[..., int], *operations: object
+    engine: GuardedEngine,
+    timeout_s: float,
+    tails: mmap.mmap,
+    submit: Callable[..., int],
+    *operations: object,
 ) -> None:
-    """Submit and wait for the end. Raises TransferError when that failed or at the deadline."""
-    try:
-        ticket = submit(*operations)
-    except OSError as error:
-        raise _refused(error) from error
-    result = engine.wait(ticket, timeout_s)
-    if result.status is _core.IoStatus.PENDING:
-        raise too_late(timeout_s)
-    engine.forget(ticket)
-    if result.status is _core.IoStatus.FAILED:
-        raise TransferError(result.errno, result.message)
+    """Submit operations on `tails` and wait for the end.
+
+    Raises
+    ------
+    TransferError: they failed. DeadlineError: they go on; `tails` stays as long as they do.
+    """
+    nothing = np.empty(0, dtype=np.int64)
+    transfer = StoreTransfer(engine, nothing, nothing, tails, timeout_s)
+    transfer.start_part(submit, operations, nothing)
+    transfer.wait()
+    transfer.poll()
 
 
-def too_late(timeout_s: float) -> TransferError:
+def too_late(timeout_s: float) -> DeadlineError:
     """What is raised at a deadline."""
-    return TransferError(f"the SSD tier did not answer within io_timeout_s={timeout_s}")
+    return DeadlineError(f"the SSD tier did not answer within io_timeout_s={timeout_s:g}")
 
 
 def _refused(error: OSError) -> TransferError:

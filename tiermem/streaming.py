@@ -15,7 +15,7 @@ import torch
 from tiermem import _core
 from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, SlotHolds
 from tiermem.device.protocol import Device, Direction, Event, Memory, Slices
-from tiermem.errors import TransferError
+from tiermem.errors import DeadlineError, TransferError
 from tiermem.layout import SLOT_ALIGN_BYTES, PageLayout, round_up
 from tiermem.page_sums import Check, Damage, Sums
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
@@ -317,7 +317,9 @@ class Ring:
         self._drop(half)
         self._mover.sums.begin_layer(slices, layer)
         buffers = self._host.addresses(self.slots_of(half, len(dst)))
-        self._save_to(half, buffers).wait()
+        event = self._save_to(half, buffers)
+        self._halves[half].drained = event  # where it is late, nothing else comes to the buffers
+        event.wait()
         self._halves[half].given_to()
         self._note(Tier.GPU, Tier.SSD, len(dst))
         self._store.write_slices(dst, layer, buffers)
@@ -366,8 +368,12 @@ class Ring:
         drained = self._halves[load.half].drained
         if drained is not None:
             # Whether it failed was for its own step to find.
-            with contextlib.suppress(TransferError):
+            try:
                 drained.wait()
+            except DeadlineError:
+                raise  # the buffers are still in use
+            except TransferError:
+                pass
         buffers = self._host.addresses(cold.ring_slots)
         return _Read(load, layer, self._store.read_slices(cold.slots, layer, buffers))
 

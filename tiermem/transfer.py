@@ -16,14 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
-from tiermem.device.protocol import Device, Direction, Event, Memory
-from tiermem.errors import CorruptPageError, TransferError
+from tiermem.breaker import Use
+from tiermem.device.protocol import Device, Direction, Event, Memory, Stream
+from tiermem.errors import CorruptPageError, DeadlineError, TransferError
 from tiermem.inflight import InFlight
 from tiermem.lanes import make_lanes
 from tiermem.layout import PageLayout
 from tiermem.meter import Meter
 from tiermem.page_sums import Damage, PageSums, Sums
+from tiermem.poison import Poison
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier, as_ids
+from tiermem.probe import start_probe
 from tiermem.quarantine import Names, Quarantine
 from tiermem.store import ColdStore, StoreTransfer
 from tiermem.trace import traced
@@ -55,7 +58,7 @@ class Transfer:
         self.dst = dst
         self.error: TransferError | None = None
         self._mover = mover
-        self._running = running
+        self._running: Running | None = running
         self._then = then
         self._settle = settle
         self._release = release
@@ -65,26 +68,45 @@ class Transfer:
     @property
     def event(self) -> Event | None:
         """What a compute stream may wait for instead of the host (R3): a copy in its last stage."""
-        if self._then is not None or isinstance(self._running, StoreTransfer):
-            return None
-        return self._running
+        running = self._running
+        return None if self._then is not None or isinstance(running, StoreTransfer) else running
 
     def poll(self) -> bool:
-        """Whether the last stage has ended; starts the second when the first has."""
-        try:
-            while self.error is None and self._ended():
-                if self._then is None:
-                    return self._is_settled()
-                then, self._then = self._then, None
-                self._running = then()
-        except TransferError as error:
-            self.error = error
-        if self.error is None or self._mover.table.pins(self.ids, self.dst).any():
-            return False  # a step that counted on a failed copy lets go of it first
-        raise self.error
+        """Whether the last stage has ended and was settled; starts the second when the first has."""
+        while self._running is not None and self._advance():
+            pass
+        if self._running is not None or self.held() is not None:
+            return False  # a step that counts on a copy that failed lets go of it first
+        if self.error is not None:
+            raise self.error
+        return True
+
+    def held(self) -> TransferError | None:
+        """The error of one that has ended, where a step that counts on it has yet to let go of it."""
+        error = self.error or self._damage
+        if self._running is not None or error is None:
+            return None
+        ids = self.ids if self.error is not None else self._damaged_ids()
+        return error if self._mover.table.pins(ids, self.dst).any() else None
+
+    def is_late(self) -> bool:
+        """Whether the deadline of the stage in progress is over."""
+        return self._running is not None and self._running.is_late()
+
+    def expire(self) -> DeadlineError:
+        """Nothing that arrives from now on is used: when it ends, it fails."""
+        if isinstance(self._running, StoreTransfer):
+            error = self._running.expire()
+        else:
+            error = DeadlineError(
+                f"{len(self.ids)} pages were not copied from {self.src.name} towards {self.dst.name} "
+                f"within copy_timeout_s={self._mover.copy_timeout_s:g}"
+            )
+        self.error = self.error or error
+        return error
 
     def check(self) -> None:
-        """Raise the TransferError if it is known by now to have failed; never blocks."""
+        """Raise the TransferError if it is known by now to have failed, or to be late; never blocks."""
         with contextlib.suppress(TransferError):
             self.poll()
         error = self.error or self._damage
@@ -92,20 +114,13 @@ class Transfer:
             raise error
 
     def wait(self) -> None:
-        """Block until the stage in progress has ended.
-
-        Raises
-        ------
-        TransferError: it failed, and a step that counts on it has yet to let go: only that can go on.
-        """
-        error = self.error or self._damage
-        if error is not None and self._mover.table.pins(self.ids, self.dst).any():
-            raise error
-        if isinstance(self._running, StoreTransfer):
-            self._running.wait()
+        """Block until the stage in progress has ended; raises DeadlineError at its deadline."""
+        if self._running is None:
             return
         try:
             self._running.wait()
+        except DeadlineError:
+            raise
         except TransferError:
             return  # `poll` raises it again, and the work is settled as failed
 
@@ -128,19 +143,34 @@ class Transfer:
         self._mover.table.unpin(self.ids, self.src)
         self._end(0)
 
-    def _is_settled(self) -> bool:
-        """Whether it can be finished: what is damaged has no pins of a step that counts on it."""
-        if self._damages is None:
+    def _advance(self) -> bool:
+        """Go on to the next stage where the one in progress has ended, well or not."""
+        try:
+            if not self._ended():
+                return False
+            self._running = self._next_stage()
+        except TransferError as error:
+            self._running = None
+            self.error = self.error or error
+        return True
+
+    def _next_stage(self) -> Running | None:
+        """What was started behind the stage that has ended; None where it was the last, and is settled."""
+        then, self._then = self._then, None
+        if then is not None and self.error is None:
+            return then()
+        if self.error is None:
             self._damages = self._settle()
             if self._damages:
                 self._damage = self._mover.quarantine.report(self._damages)
-        return not self._mover.table.pins(self._damaged_ids(), self.dst).any()
+        return None
 
     def _damaged_ids(self) -> Ids:
         return as_ids([damage.page for damage in self._damages or ()])
 
     def _ended(self) -> bool:
         running = self._running
+        assert running is not None
         return running.poll() if isinstance(running, StoreTransfer) else running.done()
 
     def _end(self, num_pages: int) -> None:
@@ -171,6 +201,7 @@ class Mover:
         self.sums = sums
         self.quarantine = Quarantine(table, sums, names, store)
         self.meter = Meter()
+        self.poison: Poison | None = None
         self.to_host = device.new_stream()
         self.to_device = device.new_stream()
         self.checks = device.new_stream()
@@ -182,6 +213,17 @@ class Mover:
         self._store = store
         self._names = names
         self._lanes = make_lanes(device, layout, staging_pages) if store else {}
+
+    def watch(self, poison: Poison) -> None:
+        """Find stray writes to staging from now on, for debugging."""
+        self.poison = poison
+        for lane in self._lanes.values():
+            lane.watch(poison, self._device)
+
+    @property
+    def copy_timeout_s(self) -> float:
+        """Deadline of a copy."""
+        return self._device.copy_timeout_s
 
     @property
     def staging(self) -> list[Memory]:
@@ -205,6 +247,7 @@ class Mover:
         """
         if len(ids) == 0:
             return []
+        self._check_store(src, dst)
         self.table.pin(ids, src)  # R2; and R4, while staging slots are waited for
         if {src, dst} == {Tier.GPU, Tier.SSD}:
             return self._submit_staged(ids, src, dst)
@@ -220,6 +263,24 @@ class Mover:
         if {src, dst} != {Tier.GPU, Tier.SSD}:
             return None
         return len(self._lanes[src].free)
+
+    def allows(self, use: Use) -> bool:
+        """Whether the SSD tier may be used so; where there is none, whatever it is asked."""
+        return self._store is None or self._store.breaker.allows(use)
+
+    def check(self, use: Use) -> None:
+        """Raise TransferError where the SSD tier is switched off for that use."""
+        if self._store is not None:
+            self._store.breaker.check(use)
+
+    def has_no_late_io(self) -> bool:
+        """Whether no read or write of the SSD tier is past its deadline and still running."""
+        return self._store is None or self._store.num_late == 0
+
+    def probe(self) -> None:
+        """Try the SSD tier again, where it is switched off and it is time; never waits."""
+        if self._store is not None and self._store.is_probe_due():
+            start_probe(self._store, self.table, self._in_flight)
 
     def note_end(self, transfer: Transfer, num_pages: int) -> None:
         """`transfer` was settled after moving `num_pages` pages."""
@@ -315,8 +376,13 @@ class Mover:
         lane = self._lanes[src]
         started: list[Transfer] = []
         while len(ids):
-            while not lane.free:
-                self._in_flight.wait_any()
+            try:
+                while not lane.free:
+                    self._in_flight.wait_any()
+                self._check_store(src, dst)
+            except TransferError:
+                self.table.unpin(ids, src)
+                raise
             now, ids = ids[: len(lane.free)], ids[len(lane.free) :]
             staged = lane.take(len(now))
             begin = partial(self._start_staged, now, src, dst, lane.pool.addresses(staged))
@@ -378,7 +444,22 @@ class Mover:
         stream = self.to_host if to_host else self.to_device
         direction = Direction.DEVICE_TO_HOST if to_host else Direction.HOST_TO_DEVICE
         self._device.copy(direction, dst, src, self._layout.page_bytes, stream)
-        return stream.record()
+        return self._recorded(stream)
+
+    def _recorded(self, stream: Stream) -> Event:
+        """The event behind a copy that was just given to `stream`; where there is none the copy has ended."""
+        try:
+            return stream.record()
+        except TransferError:
+            stream.synchronize()
+            raise
+
+    def _check_store(self, src: Tier, dst: Tier) -> None:
+        """Fail at once where the SSD tier is switched off."""
+        if dst == Tier.SSD:
+            self.check(Use.WRITE)
+        elif src == Tier.SSD:
+            self.check(Use.READ)
 
     def _start(
         self,

@@ -15,7 +15,7 @@ from tiermem.cli.human import (
 from tiermem.cli.snapshot import Snapshot
 from tiermem.cli.table import Table, clip, pairs, printable
 from tiermem.disk_budget import DiskStats
-from tiermem.stats import FlowStats, Stats, TierStats
+from tiermem.stats import BreakerStats, FlowStats, Stats, TierStats
 from tiermem.step_record import StepRecord
 
 MOST_SEQUENCES = 8
@@ -132,6 +132,11 @@ def facts(stats: Stats) -> Table:
         rows.append(("last step", step_text(stats.last_step)))
     if stats.attended_bytes:
         rows.append(("attended in RAM", attended_text(stats)))
+    rows += [
+        (f"{breaker.tier} tier", breaker_text(breaker))
+        for breaker in stats.breakers
+        if breaker.trips
+    ]
     if stats.failed_transfers or stats.corrupt_pages or stats.computed_again_tokens:
         rows.append(("trouble", trouble_text(stats)))
     return pairs(rows)
@@ -143,6 +148,17 @@ def trouble_text(stats: Stats) -> str:
     if stats.computed_again_tokens:
         found += f", {count_text(stats.computed_again_tokens)} tokens computed again"
     return found
+
+
+def breaker_text(breaker: BreakerStats) -> str:
+    """Whether a tier that was switched off is on again, else why and for how long it is not."""
+    times = f"switched off {count_text(breaker.trips)} time{'' if breaker.trips == 1 else 's'}"
+    if breaker.retry_in_s is None:
+        return f"on again; {times}, the last for {breaker.reason}"
+    again = f"tried again in {duration_text(breaker.retry_in_s)}"
+    if breaker.late:
+        again = f"tried again when {count_text(breaker.late)} late operations have ended"
+    return f"{breaker.state.upper()}: {breaker.reason}; {again}; {times}"
 
 
 def sequence_lines(stats: Stats, width: int | None) -> list[str]:

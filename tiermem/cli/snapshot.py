@@ -8,11 +8,13 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from tiermem.disk_budget import DiskStats
-from tiermem.stats import FlowStats, SequenceStats, Stats, TierStats
+from tiermem.stats import BreakerStats, FlowStats, SequenceStats, Stats, TierStats
 from tiermem.step_record import StepRecord
 
 MAX_NUMBER = 2**63
-_LISTS: dict[str, type[Any]] = {"tiers": TierStats, "flows": FlowStats, "sequences": SequenceStats}
+_LISTS: dict[str, type[Any]] = {
+    "tiers": TierStats, "flows": FlowStats, "sequences": SequenceStats, "breakers": BreakerStats
+}  # fmt: skip
 _PARTS: dict[str, type[Any]] = {"last_step": StepRecord, "disk": DiskStats}
 _PLAIN: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)

@@ -21,6 +21,7 @@ from tiermem.device.host import (
     wait_for_word,
 )
 from tiermem.device.protocol import (
+    COPY_TIMEOUT_S,
     Addresses,
     DeviceKind,
     Direction,
@@ -45,6 +46,9 @@ class CpuEvent:
 
     def wait(self) -> None:
         return None
+
+    def is_late(self) -> bool:
+        return False
 
 
 class CpuStream:
@@ -75,6 +79,7 @@ class CpuDevice:
         self._memories: set[HostMemory] = set()
         self._stream = CpuStream(self)
         self._closed = False
+        self.copy_timeout_s = COPY_TIMEOUT_S
 
     @property
     def kind(self) -> DeviceKind:
@@ -102,7 +107,10 @@ class CpuDevice:
     def allocate_host(self, num_bytes: int, *, progress: Progress | None = None) -> Memory:
         self.check_open()
         memory = HostMemory(
-            num_bytes, on_free=self._memories.discard, on_piece=reporting(num_bytes, progress)
+            num_bytes,
+            on_free=self._memories.discard,
+            on_abandon=self._memories.discard,
+            on_piece=reporting(num_bytes, progress),
         )
         self._memories.add(memory)
         return memory
@@ -145,7 +153,7 @@ class CpuDevice:
 
     def wait_word(self, address: int, value: int) -> None:
         self.check_open()
-        wait_for_word(address, value)
+        wait_for_word(address, value, self.copy_timeout_s)
 
     def view(self, memory: Memory) -> torch.Tensor:
         self.check_open()
@@ -154,6 +162,9 @@ class CpuDevice:
     def memory_info(self) -> MemoryInfo:
         self.check_open()
         return MemoryInfo(free_bytes=host_free_bytes(), total_bytes=host_total_bytes())
+
+    def drain(self) -> None:
+        self.check_open()
 
     def close(self) -> None:
         self._closed = True

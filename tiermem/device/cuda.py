@@ -6,15 +6,17 @@ Those that work on one GPU need its context current: see `current`. Handles are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NewType
 
 from cuda.bindings import driver, nvrtc, runtime
 
 from tiermem.device.protocol import MemoryInfo
 from tiermem.device.report import LEAST_CAPABILITY, GpuInfo, version_text
-from tiermem.errors import ConfigError, TransferError
+from tiermem.errors import ConfigError, DeadlineError, TransferError
 
 SUCCESS = 0
 INSUFFICIENT_DRIVER = 35
@@ -29,6 +31,11 @@ DEFAULT_STREAMS = (0, LEGACY_STREAM, 2)
 
 LEAST_VERSION = 13000
 """CUDA 13.0, whose cuMemcpyBatchAsync has the eight arguments that the copy engine gives it."""
+
+SPIN_S = 50e-6
+LEAST_NAP_S = 20e-6
+MOST_NAP_S = 1e-3
+"""How a thread waits for the GPU."""
 
 Context = NewType("Context", int)
 """A GPU's primary context, the one that torch uses too."""
@@ -192,9 +199,14 @@ def destroy_stream(stream: int) -> None:
     _ok("cudaStreamDestroy", runtime.cudaStreamDestroy(stream))
 
 
-def synchronize_stream(stream: int) -> None:
-    """Wait for everything that was given to `stream`."""
-    _ok("cudaStreamSynchronize", runtime.cudaStreamSynchronize(stream))
+def stream_is_done(stream: int) -> bool:
+    """Whether everything that was given to `stream` has ended; does not wait."""
+    return _is_ready("cudaStreamQuery", runtime.cudaStreamQuery(stream))
+
+
+def synchronize_stream(stream: int, timeout_s: float) -> None:
+    """Wait for everything that was given to `stream`; DeadlineError after `timeout_s` seconds."""
+    wait_until(partial(stream_is_done, stream), time.monotonic() + timeout_s, "a stream", timeout_s)
 
 
 def make_event() -> RawEvent:
@@ -215,16 +227,27 @@ def record_event(event: RawEvent, stream: int) -> None:
 
 def event_is_done(event: RawEvent) -> bool:
     """Whether what `event` stands for has ended; does not wait."""
-    result = runtime.cudaEventQuery(event)
-    if int(result[0]) == NOT_READY:
-        return False
-    _ok("cudaEventQuery", result)
-    return True
+    return _is_ready("cudaEventQuery", runtime.cudaEventQuery(event))
 
 
-def synchronize_event(event: RawEvent) -> None:
-    """Wait for what `event` stands for."""
-    _ok("cudaEventSynchronize", runtime.cudaEventSynchronize(event))
+def wait_until(is_done: Callable[[], bool], deadline_s: float, what: str, timeout_s: float) -> None:
+    """Hold the thread until `is_done()`, asking all the time at first and less and less often then.
+
+    CUDA's own waits have no end where a kernel or a copy has none.
+
+    Raises
+    ------
+    DeadlineError: time.monotonic() is past `deadline_s`; names `what` and `timeout_s`.
+    TransferError: as `is_done`.
+    """
+    nap_s, start_s = 0.0, time.monotonic()
+    while not is_done():
+        now_s = time.monotonic()
+        if now_s >= deadline_s:
+            raise DeadlineError(f"the GPU did not end {what} within copy_timeout_s={timeout_s:g}")
+        if now_s - start_s > SPIN_S:
+            nap_s = min(max(LEAST_NAP_S, nap_s * 1.1), MOST_NAP_S, deadline_s - now_s)
+            time.sleep(nap_s)
 
 
 def wait_event(stream: int, event: RawEvent) -> None:
@@ -297,6 +320,13 @@ def find_kernel(module: Module, name: str, shared_bytes: int = 0) -> int:
 
 
 # ---- return codes -------------------------------------------------------------------------------
+
+
+def _is_ready(what: str, result: tuple[Any, ...]) -> bool:
+    if int(result[0]) == NOT_READY:
+        return False
+    _ok(what, result)
+    return True
 
 
 def _ok(what: str, result: tuple[Any, ...]) -> Any:

@@ -13,6 +13,7 @@ from tiermem import _core
 from tiermem.device import cuda
 from tiermem.device.copies import CopyBatch
 from tiermem.device.copy_rates import DIRECTIONS, CopyMethod, CopyRates, always
+from tiermem.device.protocol import COPY_TIMEOUT_S
 from tiermem.errors import TransferError
 
 SOURCE = Path(__file__).with_name("copy_kernels.cu")
@@ -110,7 +111,7 @@ class CudaCopies:
         refused = self._engine.warm_up(stream)
         if refused is not None:
             raise cuda.refusal(*refused)
-        cuda.synchronize_stream(stream)
+        cuda.synchronize_stream(stream, COPY_TIMEOUT_S)
 
     def submit(self, batch: CopyBatch, stream: int, owner: _core.StreamOwner) -> None:
         """Give `stream` the batch.
@@ -128,7 +129,7 @@ class CudaCopies:
         # memory that the caller takes back.
         error = cuda.refusal(*refused)
         for busy in (stream, *self._resources.streams):
-            cuda.synchronize_stream(busy)
+            cuda.synchronize_stream(busy, COPY_TIMEOUT_S)
         raise error
 
     def _choose(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -17,6 +18,7 @@ from tiermem.device.cuda_copies import CopyResources, CudaCopies, staging_bytes
 from tiermem.device.cuda_events import CudaStream, EventPool
 from tiermem.device.host import HostMemory, host_free_bytes, locked_limit_text, reporting
 from tiermem.device.protocol import (
+    COPY_TIMEOUT_S,
     MEMORY_ALIGN_BYTES,
     Addresses,
     DeviceKind,
@@ -28,7 +30,7 @@ from tiermem.device.protocol import (
     Stream,
 )
 from tiermem.device.sums import make_slices
-from tiermem.errors import ClosedError, ConfigError, InvariantError, TransferError
+from tiermem.errors import ClosedError, ConfigError, DeadlineError, InvariantError, TransferError
 
 if TYPE_CHECKING:
     from tiermem.attention.kernels.checksum import ChecksumKernels
@@ -71,6 +73,9 @@ class CudaMemory:
         self._tensor = None
         self._on_free(self)
 
+    def abandon(self) -> None:
+        self._tensor = None  # cudaMalloc's memory stays until it is freed
+
 
 class CudaDevice:
     """One GPU, in the context that torch uses; the thread's current GPU stays as it is.
@@ -104,6 +109,7 @@ class CudaDevice:
         self._checksums: ChecksumKernels | None = None
         self.events = EventPool()
         self.closed = False
+        self.copy_timeout_s = COPY_TIMEOUT_S
 
     @property
     def kind(self) -> DeviceKind:
@@ -164,7 +170,10 @@ class CudaDevice:
         # Touching the memory takes about as long as pinning it. One registration for all of it,
         # because CUDA refuses copies from one into the next, torch's too.
         memory = HostMemory(
-            num_bytes, on_free=self._unpin, on_piece=reporting(num_bytes, progress, share=0.5)
+            num_bytes,
+            on_free=self._unpin,
+            on_abandon=self._forget_pinned,
+            on_piece=reporting(num_bytes, progress, share=0.5),
         )
         try:
             with self.current():
@@ -242,6 +251,19 @@ class CudaDevice:
         with self.current():
             return cuda.memory_info()
 
+    def drain(self) -> None:
+        self.check_open()
+        deadline_s = time.monotonic() + self.copy_timeout_s
+        handles = {
+            *self._streams,
+            *self._copy_resources.streams,
+            self._compute_handle() or cuda.LEGACY_STREAM,
+        }
+        with self.current():
+            for handle in handles:
+                is_done = partial(_has_ended, handle)
+                cuda.wait_until(is_done, deadline_s, "its work", self.copy_timeout_s)
+
     def close(self) -> None:
         """As the protocol says.
 
@@ -251,6 +273,15 @@ class CudaDevice:
         """
         if self.closed:
             return
+        try:
+            self.drain()
+        except DeadlineError:
+            # Freeing would wait for the work, and for ever.
+            self.closed = True
+            memories: list[Memory] = [*self._base, *self._pinned]
+            for memory in memories:
+                memory.abandon()
+            raise
         with self.current():
             failures = _failures(self._endings())
         if failures:
@@ -365,6 +396,11 @@ class CudaDevice:
             cuda.free(self._base.pop(memory))
         self._update_borders()
 
+    def _forget_pinned(self, memory: HostMemory) -> None:
+        """It stays pinned and mapped for the life of the process."""
+        self._pinned.discard(memory)
+        self._update_borders()
+
     def _unpin(self, memory: HostMemory) -> None:
         if memory in self._pinned:
             self._pinned.discard(memory)
@@ -393,6 +429,14 @@ def as_tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tenso
     if tensor.data_ptr() != address or tensor.device != device:
         raise InvariantError(f"torch copied device memory at {address:#x} instead of wrapping it")
     return tensor
+
+
+def _has_ended(stream: int) -> bool:
+    """Whether a stream has no work left: what failed has ended too."""
+    try:
+        return cuda.stream_is_done(stream)
+    except TransferError:
+        return True
 
 
 def _failures(calls: list[Callable[[], None]]) -> list[str]:

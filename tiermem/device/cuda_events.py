@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 class CudaEvent:
     """A recorded cudaEvent_t, lent by the pool until it was seen done or this handle is dropped."""
 
-    __slots__ = ("__weakref__", "_failure", "_raw", "device")
+    __slots__ = ("__weakref__", "_deadline_s", "_failure", "_raw", "device")
 
     def __init__(self, device: CudaDevice, raw: cuda.RawEvent) -> None:
         self.device = device
         self._raw: cuda.RawEvent | None = raw
         self._failure: str | None = None
+        self._deadline_s = time.monotonic() + device.copy_timeout_s
 
     def pending(self) -> cuda.RawEvent | None:
         """The cudaEvent_t; None once it was seen done or failed, or the device is closed."""
@@ -43,17 +45,12 @@ class CudaEvent:
         return True
 
     def wait(self) -> None:
-        self._raise_failure()
-        raw = self.pending()
-        if raw is None:
-            return
-        with self.device.current():
-            try:
-                cuda.synchronize_event(raw)
-            except TransferError as error:
-                self._failure = str(error)
-                raise
-        self._give_back(raw)
+        cuda.wait_until(
+            self.done, self._deadline_s, "what an event stands for", self.device.copy_timeout_s
+        )
+
+    def is_late(self) -> bool:
+        return self.pending() is not None and time.monotonic() >= self._deadline_s
 
     def _give_back(self, raw: cuda.RawEvent) -> None:
         self._raw = None
@@ -125,4 +122,4 @@ class CudaStream:
     def synchronize(self) -> None:
         self.device.check_open()
         with self.device.current():
-            cuda.synchronize_stream(self.handle)
+            cuda.synchronize_stream(self.handle, self.device.copy_timeout_s)

@@ -19,7 +19,7 @@ from tiermem._core import MemoryToucher
 from tiermem.device import cgroup
 from tiermem.device.copies import check_num_bytes
 from tiermem.device.protocol import Progress
-from tiermem.errors import ClosedError, ConfigError
+from tiermem.errors import ClosedError, ConfigError, DeadlineError
 
 HUGE_PAGE_BYTES = 2 << 20
 PIECE_BYTES = 1 << 30
@@ -29,6 +29,8 @@ MAX_TOUCH_THREADS = 16
 
 WORD = 1 << 32
 WORD_NAP_S = 20e-6
+_ABANDONED: list[torch.Tensor] = []
+"""Memory that something may still write: mapped for the life of the process."""
 
 
 class HostMemory:
@@ -40,7 +42,7 @@ class HostMemory:
     allocation's.
     """
 
-    __slots__ = ("_address", "_num_bytes", "_on_free", "_tensor")
+    __slots__ = ("_address", "_num_bytes", "_on_abandon", "_on_free", "_tensor")
 
     def __init__(
         self,
@@ -48,9 +50,11 @@ class HostMemory:
         *,
         fill: int = 0,
         on_free: Callable[[HostMemory], None] | None = None,
+        on_abandon: Callable[[HostMemory], None] | None = None,
         on_piece: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Map `num_bytes` bytes, all equal to `fill`; `on_free` runs once, before the bytes go.
+        """Map `num_bytes` bytes, all equal to `fill`; `on_free` runs once, before the bytes go;
+        `on_abandon` instead of it where they stay for ever.
 
         `on_piece(address, num_bytes)` runs for every piece of the memory, one after the other, as
         soon as the piece is backed. What it raises ends the constructor.
@@ -66,6 +70,7 @@ class HostMemory:
         self._tensor: torch.Tensor | None = tensor
         self._address = tensor.data_ptr()
         self._on_free = on_free
+        self._on_abandon = on_abandon
         _touch(self._address, num_bytes, fill, on_piece)
 
     @property
@@ -89,16 +94,32 @@ class HostMemory:
             self._on_free(self)
         self._tensor = None
 
+    def abandon(self) -> None:
+        if self._tensor is None:
+            return
+        _ABANDONED.append(self._tensor)
+        if self._on_abandon is not None:
+            self._on_abandon(self)
+        self._tensor = None
+
 
 def set_word(address: int, value: int) -> None:
     """Set a 32-bit word of host memory, after everything that this thread wrote before."""
     ctypes.c_uint32.from_address(address).value = value % WORD
 
 
-def wait_for_word(address: int, value: int) -> None:
-    """Hold the calling thread until another one has set the word to `value` or past it."""
+def wait_for_word(address: int, value: int, timeout_s: float) -> None:
+    """Hold the calling thread until another one has set the word to `value` or past it.
+
+    Raises
+    ------
+    DeadlineError: none has within `timeout_s` seconds.
+    """
     word = ctypes.c_uint32.from_address(address)
+    deadline_s = time.monotonic() + timeout_s
     while (word.value - value) % WORD >= WORD // 2:
+        if time.monotonic() > deadline_s:
+            raise DeadlineError(f"a word was not set within copy_timeout_s={timeout_s:g}")
         time.sleep(WORD_NAP_S)
 
 

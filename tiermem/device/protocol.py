@@ -7,7 +7,9 @@ Every device keeps the same promises, whether it is a GPU, the host alone or a s
   until an event recorded behind the copy is done;
 * nothing that takes a stream waits on the host; only ``Event.wait`` and ``Stream.synchronize`` do;
 * the host may not assume that a copy has ended before it has seen ``done()`` or returned from
-  ``wait()``.
+  ``wait()``;
+* no wait on the host is longer than ``copy_timeout_s``: what has not ended by then goes on, and its
+  memory may not be given back.
 
 A device and everything made by it belong to one thread at a time.
 """
@@ -22,6 +24,9 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+COPY_TIMEOUT_S = 120.0
+"""Until a device is told otherwise: much longer than any copy, and than most passes of a model."""
 
 MEMORY_ALIGN_BYTES = 4096
 """Every allocation, hot or host, starts at a multiple of this: what direct file I/O needs."""
@@ -72,12 +77,16 @@ class Event(Protocol):
         ...
 
     def wait(self) -> None:
-        """Hold the calling thread until `done()`.
+        """Hold the calling thread until `done()`, up to `copy_timeout_s` after the event was recorded.
 
         Raises
         ------
-        TransferError: as `done()`.
+        TransferError: as `done()`. DeadlineError: it is not done by then; it may be later.
         """
+        ...
+
+    def is_late(self) -> bool:
+        """Whether it is not done `copy_timeout_s` after it was recorded; never blocks."""
         ...
 
 
@@ -103,6 +112,7 @@ class Stream(Protocol):
         Raises
         ------
         TransferError: the device reports that some of the work failed.
+        DeadlineError: it has not ended `copy_timeout_s` from now; it may later.
         """
         ...
 
@@ -141,6 +151,10 @@ class Memory(Protocol):
         """
         ...
 
+    def abandon(self) -> None:
+        """Never give the bytes back, because something may use them for ever; `free` does nothing then."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slices:
@@ -168,7 +182,12 @@ class Slices:
 
 @runtime_checkable
 class Device(Protocol):
-    """Hot memory, the host memory beside it, and what moves bytes between them."""
+    """Hot memory, the host memory beside it, and what moves bytes between them.
+
+    `copy_timeout_s`: deadline of what streams were given, from when it was; may be set at any time.
+    """
+
+    copy_timeout_s: float
 
     @property
     def kind(self) -> DeviceKind: ...
@@ -311,9 +330,23 @@ class Device(Protocol):
         """Free and total bytes of hot memory now."""
         ...
 
+    def drain(self) -> None:
+        """Hold the calling thread until everything given to any of its streams has ended, well or not.
+
+        Raises
+        ------
+        DeadlineError: it has not, `copy_timeout_s` from now: none of the device's memory may be freed.
+        """
+        ...
+
     def close(self) -> None:
         """Wait for all work, then destroy streams and events and free what is left.
 
         Later calls do nothing; every other use of the device raises ClosedError.
+
+        Raises
+        ------
+        DeadlineError: work has not ended `copy_timeout_s` from now. The device is closed, and everything
+        that the work may use stays allocated for the life of the process.
         """
         ...

@@ -25,6 +25,7 @@ import torch
 from tiermem.device.copies import CopyBatch, check_num_bytes
 from tiermem.device.host import HostMemory, set_word, wait_for_word
 from tiermem.device.protocol import (
+    COPY_TIMEOUT_S,
     Addresses,
     DeviceKind,
     Direction,
@@ -35,9 +36,14 @@ from tiermem.device.protocol import (
     Slices,
     Stream,
 )
-from tiermem.device.simulated_stream import Piece, SimulatedEvent, SimulatedStream
+from tiermem.device.simulated_stream import (
+    Piece,
+    SimulatedEvent,
+    SimulatedStream,
+    late_error,
+)
 from tiermem.device.sums import make_slices, sum_now, verify_now
-from tiermem.errors import ClosedError, ConfigError, InvariantError
+from tiermem.errors import ClosedError, ConfigError, DeadlineError, InvariantError
 
 POISON_BYTE = 0xFF
 MAX_STEPS_AT_ONCE = 4
@@ -78,6 +84,8 @@ class SimulatedDevice:
         self._failing: set[int] = set()
         self._num_submitted = 0
         self._closed = False
+        self.copy_timeout_s = COPY_TIMEOUT_S
+        self.is_hung = False
 
     @property
     def kind(self) -> DeviceKind:
@@ -163,7 +171,7 @@ class SimulatedDevice:
 
     def wait_word(self, address: int, value: int) -> None:
         self.check_open()
-        wait_for_word(address, value)
+        wait_for_word(address, value, self.copy_timeout_s)
 
     def view(self, memory: Memory) -> torch.Tensor:
         self.check_open()
@@ -174,10 +182,22 @@ class SimulatedDevice:
         used_bytes = sum(memory.num_bytes for memory in self._hot)
         return MemoryInfo(self._total_bytes - used_bytes, self._total_bytes)
 
+    def drain(self) -> None:
+        self.check_open()
+        self.run_all()
+        if any(stream.queue for stream in self._streams):
+            raise late_error("all streams", self.copy_timeout_s)
+
     def close(self) -> None:
         if self._closed:
             return
-        self.run_all()
+        try:
+            self.drain()
+        except DeadlineError:
+            for memory in [*self._hot, *self._host]:
+                memory.abandon()
+            self._closed = True
+            raise
         for memory in [*self._hot, *self._host]:
             memory.free()
         self._closed = True
@@ -217,8 +237,18 @@ class SimulatedDevice:
             raise TypeError(f"until={until!r}: must be an event of the same device")
         self._guards.append(_Guard(address, address + num_bytes, until))
 
+    def hang(self) -> None:
+        """Nothing runs from now on, and every deadline is over, until `resume`."""
+        self.is_hung = True
+
+    def resume(self) -> None:
+        """End what `hang` began."""
+        self.is_hung = False
+
     def progress(self) -> bool:
         """Run one step of a random stream that can go on; False if none can."""
+        if self.is_hung:
+            return False
         able = [stream for stream in self._streams if stream.can_step()]
         if able:
             self._random.choice(able).step()
@@ -238,13 +268,13 @@ class SimulatedDevice:
                 self.progress()
 
     def run_until(self, event: SimulatedEvent) -> None:
-        """Run what `event` needs and nothing else."""
-        while not event.passed:
+        """Run what `event` needs and nothing else; it has not passed afterwards where the device hangs."""
+        while not event.passed and not self.is_hung:
             self._step_with_needs(event.stream)
 
     def run_stream(self, stream: SimulatedStream) -> None:
-        """Run what is left of `stream` and what it needs."""
-        while stream.queue:
+        """Run what is left of `stream` and what it needs, but nothing where the device hangs."""
+        while stream.queue and not self.is_hung:
             self._step_with_needs(stream)
 
     def execute(self, piece: Piece) -> str | None:
@@ -283,7 +313,7 @@ class SimulatedDevice:
             memory.tensor.fill_(POISON_BYTE)
             owners.discard(memory)
 
-        memory = HostMemory(num_bytes, fill=POISON_BYTE, on_free=forget)
+        memory = HostMemory(num_bytes, fill=POISON_BYTE, on_free=forget, on_abandon=owners.discard)
         owners.add(memory)
         return memory
 

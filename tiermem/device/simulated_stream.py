@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tiermem.device.protocol import Event
-from tiermem.errors import TransferError
+from tiermem.errors import DeadlineError, TransferError
 
 if TYPE_CHECKING:
     from tiermem.device.simulated import SimulatedDevice
@@ -37,6 +37,12 @@ class SimulatedEvent:
         self.device.run_until(self)
         self.device.run_some()
         self._raise_failure()
+        if not self.passed:
+            raise late_error("an event", self.device.copy_timeout_s)
+
+    def is_late(self) -> bool:
+        """Every deadline is over where the device hangs."""
+        return self.device.is_hung and not self.passed
 
     def _raise_failure(self) -> None:
         if self.failure is not None:
@@ -101,6 +107,8 @@ class SimulatedStream:
         if self.is_compute:
             self.device.run_some()
             self.device.run_until(event)
+            if not event.passed:
+                self.queue.append(_Wait(event))
         else:
             self.queue.append(_Wait(event))
 
@@ -111,6 +119,8 @@ class SimulatedStream:
         failure, self.stream_failure = self.stream_failure, None
         if failure is not None:
             raise TransferError(failure)
+        if self.queue:
+            raise late_error("a stream", self.device.copy_timeout_s)
 
     def give(self, pieces: list[Piece]) -> None:
         """Queue the pieces of one batch, to be run from the last to the first."""
@@ -160,3 +170,10 @@ class SimulatedStream:
         for item in self.queue:
             if isinstance(item, _Pieces):
                 yield from item.left
+
+
+def late_error(what: str, timeout_s: float) -> DeadlineError:
+    """What is raised where the device hangs."""
+    return DeadlineError(
+        f"simulated device: {what} was not done within copy_timeout_s={timeout_s:g}"
+    )
