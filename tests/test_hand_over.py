@@ -158,7 +158,7 @@ def test_memory_that_is_refused_undoes_the_step(
     kept, tokens = (text.k, text.v), text.sequence.num_tokens
     with monkeypatch.context() as patch:
         patch.setattr(device, "allocate_host", refuses)
-        with pytest.raises(ConfigError, match="no memory is left"):
+        with pytest.raises(TransferError, match="no memory is left"):
             run_step(manager, [text], [20])
     text.k, text.v = kept
     assert text.sequence.num_tokens == tokens
