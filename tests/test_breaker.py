@@ -72,6 +72,8 @@ def test_it_is_tried_again_after_pauses_that_double(breaker: Breaker, clock: Clo
         assert not breaker.is_probe_due()
         clock.now_s += 0.02
         assert breaker.is_probe_due()
+        breaker.begin_probe()
+        assert not breaker.is_probe_due()  # there is only one
         breaker.probe_ended(TransferError("still broken"))
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         assert breaker.report().retry_in_s == pytest.approx(pause_s)

@@ -67,6 +67,7 @@ class Breaker:
         self._retry_s = 0.0
         self._good_until_s = 0.0
         self._is_probing = False
+        self._has_probe = False
 
     @property
     def state(self) -> TierState:
@@ -122,8 +123,12 @@ class Breaker:
 
     def is_probe_due(self) -> bool:
         """Whether it is time for one probe."""
-        is_shut = bool(self._shut) and not self._is_probing
+        is_shut = bool(self._shut) and not self._has_probe
         return is_shut and self.num_late == 0 and self._clock() >= self._retry_s
+
+    def begin_probe(self) -> None:
+        """One is on its way, until `probe_ended`; there is only one at a time."""
+        self._has_probe = True
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -136,6 +141,7 @@ class Breaker:
 
     def probe_ended(self, error: TransferError | None) -> None:
         """A probe ended: the tier is on again, or tried later."""
+        self._has_probe = False
         if error is not None:
             self._trip(self._shut, str(error))
             return

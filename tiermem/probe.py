@@ -91,6 +91,7 @@ def start_probe(store: ColdStore, table: _core.PageTable, in_flight: InFlight) -
     if table.counts(Tier.SSD).free == 0:
         store.breaker.probe_ended(None)
         return
+    store.breaker.begin_probe()
     page = table.create(1)
     slots = table.reserve(page, Tier.SSD)
     memory = mmap.mmap(-1, store.layout.slot_bytes)
