@@ -56,11 +56,7 @@ def test_killed_processes_leave_stores_that_lose_and_mix_up_nothing() -> None:
 
 @pytest.mark.slow
 def test_flipped_bits_damaged_stores_hostile_bytes_and_long_use_do_no_harm() -> None:
-    kinds = [
-        word
-        for kind in ("flip", "memory", "index", "store", "soak", "parse")
-        for word in ("--kind", kind)
-    ]
+    kinds = [word for kind in HARM for word in ("--kind", kind)]
     status, summary = torture(*kinds, "--cases", "2")
     assert_clean(status, summary)
     assert isinstance(summary["flips"], dict)
