@@ -33,6 +33,8 @@ class Vault:
         self._known: dict[int, Seal] = {}
         size = max(PART_BYTES // layout.slot_bytes, 1) * layout.slot_bytes
         self._buffers = [mmap.mmap(-1, size) for _ in range(NUM_BUFFERS)]
+        for buffer in self._buffers:  # touched now, not while pages are waiting
+            np.frombuffer(buffer, dtype=np.uint8)[:: mmap.PAGESIZE] = 0
         self._users: list[StoreTransfer | None] = [None] * NUM_BUFFERS
         self.staging_bytes = size * NUM_BUFFERS
 

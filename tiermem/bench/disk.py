@@ -1,11 +1,14 @@
-"""How near do pages written to and read from scattered slots of the cold tier come to raw direct I/O?"""
+"""How near do pages of scattered slots of the cold tier, plain and encrypted, come to raw direct I/O?"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ from tiermem._core import IoDirection
 from tiermem.bench.disk_ceiling import DiskCeiling
 from tiermem.bench.result import GIGA, Ceiling, Parameters, Result, Subject, measured, rates
 from tiermem.bench.run import Run, Scale
+from tiermem.cipher import CIPHER_NAME
+from tiermem.cipher_key import KEY_BYTES, SecretKey
 from tiermem.device.protocol import Memory
 from tiermem.disk_rates import DiskOptions, measure_disk
 from tiermem.errors import ConfigError, CorruptPageError
@@ -64,6 +69,8 @@ def run(bench: Run) -> Iterator[Result]:
                 layout = PageLayout(num_layers, 8, 128, "float16", 64)
                 rows = _StoreRows(bench, layout, memory, ceiling, options)
                 yield from rows.rows(path / f"store of {num_layers} layers")
+                if num_layers == layouts[0] and find_spec("cryptography") is not None:
+                    yield from rows.encrypted().rows(path / "encrypted store")
     finally:
         memory.free()
 
@@ -88,12 +95,19 @@ class _StoreRows:
         self._slots = np.random.default_rng(layout.num_layers).permutation(num_pages)
         self._at = memory.address + np.arange(num_pages, dtype=np.int64) * layout.slot_bytes
         self._repeats = 3
+        self._key: SecretKey | None = None
+
+    def encrypted(self) -> _StoreRows:
+        """The same with a store that is encrypted."""
+        rows = copy(self)
+        rows._key = SecretKey(os.urandom(KEY_BYTES))
+        return rows
 
     def rows(self, path: Path) -> Iterator[Result]:
         """A row for writing and one for reading."""
         layout, pages = self._layout, len(self._slots)
         cap_bytes = pages * (layout.slot_bytes + SLOT_EXTRA) + SPARE_BYTES // 2
-        store = ColdStore(path, layout, cap_bytes, "auto", TIMEOUT_S, self._options)
+        store = ColdStore(path, layout, cap_bytes, "auto", TIMEOUT_S, self._options, key=self._key)
         note = str(self._options) if self._options else store.io_kind
         try:
             store.register_memory(self._memory.address, self._memory.num_bytes)
@@ -125,6 +139,8 @@ class _StoreRows:
             "way": way.name.lower(), "page_bytes": self._layout.slot_bytes, "total_bytes": num_bytes,
         }  # fmt: skip
         aim = self._bench.aim(TARGET)
+        if self._key is not None:
+            parameters, aim = {**parameters, "cipher": CIPHER_NAME}, None
         subject = Subject(NAME, "pages", parameters, "GB/s", target_percent=aim, note=note)
         return measured(subject, rates(samples, num_bytes), Ceiling(name, rate / GIGA))
 
