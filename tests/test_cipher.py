@@ -500,6 +500,31 @@ def test_a_slice_that_is_not_authentic_is_not_served_though_its_checksum_fits(
     store.close()
 
 
+@pytest.mark.parametrize("is_sealed", [False, True])
+def test_an_index_that_names_another_page_serves_nothing(
+    tmp_path: Path, sealed: TierConfig, is_sealed: bool
+) -> None:
+    """The trailer says which page it is: an entry that was forged, or damaged, leads to a miss."""
+    chosen = sealed if is_sealed else replace(sealed, ssd_key_file=None)
+    with TierManager(LAYOUT, chosen) as manager:
+        grow(manager, manager.open_sequence(), TOKENS)
+        manager.flush()
+        pages = manager._core.prefixes.pages()
+        names = manager._core.prefixes.names_of(pages)
+        slots = np.array(manager._core.table.slots(pages, Tier.SSD), dtype=np.int64)
+    key = KEY if is_sealed else None
+    store = ColdStore(tmp_path / "s", LAYOUT, store_bytes(20), "threads", 30.0, key=key)
+    store.take_stored()
+    store.publish(np.roll(slots, 1), names)  # each is said to be where another one is
+    store.close()
+    with TierManager(LAYOUT, chosen) as manager:
+        sequence = manager.open_sequence(TOKENS)
+        assert sequence.num_tokens == len(TOKENS)
+        with pytest.raises(TransferError):
+            read_all(sequence)
+        assert manager.stats().corrupt_pages > 0
+
+
 # ---- looking inside --------------------------------------------------------------------------------
 
 
@@ -534,3 +559,14 @@ def test_verify_needs_the_key_and_finds_what_is_damaged(
     monkeypatch.setenv(KEY_VARIABLE, SECRET[::-1].hex())
     with StoreReader(path) as reader:
         assert not reader.can_read_pages
+
+
+def test_a_rebuilt_index_of_an_encrypted_store_finds_its_pages(
+    tmp_path: Path, sealed: TierConfig
+) -> None:
+    with TierManager(LAYOUT, sealed) as manager:
+        grow(manager, manager.open_sequence(), TOKENS)
+    for path in (tmp_path / "s" / "index").iterdir():
+        path.write_bytes(b"damaged" * 1000)
+    with TierManager(LAYOUT, sealed) as manager:
+        assert found(manager) == len(TOKENS)

@@ -50,6 +50,7 @@ from tiermem.store_format import (
     TRAILER_BYTES,
     PageName,
     checksum_words,
+    keys_in,
     pack_trailers,
     parse_trailers,
 )
@@ -495,6 +496,7 @@ class ColdStore:
         """The checksums in trailers read from `slots`, which of them are what was written, and their seals."""
         stored, same = parse_trailers(self.layout, self._index.generations[slots], raw)
         same &= roots_of(stored) == self._index.checksums[slots]
+        same &= self._index.are_called(slots, keys_in(raw))
         if self._vault is None:
             return stored, same, []
         stored, seals = self._vault.open_trailers(raw)

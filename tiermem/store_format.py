@@ -59,8 +59,8 @@ from tiermem.store_names import (
 
 __all__ = [
     "FORMAT_VERSION", "KEY_BYTES", "MAX_HEADER_BYTES", "NO_ROOT", "TRAILER", "TRAILER_BYTES", "UNNAMED",
-    "ChainRoot", "PageName", "check_header", "checksum_words", "header_key_id", "header_layout", "names_in",
-    "pack_header", "pack_trailer", "pack_trailers", "parse_trailer", "parse_trailers", "root_in",
+    "ChainRoot", "PageName", "check_header", "checksum_words", "header_key_id", "header_layout", "keys_in",
+    "names_in", "pack_header", "pack_trailer", "pack_trailers", "parse_trailer", "parse_trailers", "root_in",
     "sound_trailers",
 ]  # fmt: skip
 
@@ -98,6 +98,7 @@ TRAILER = np.dtype(
 )
 """One trailer; see above."""
 assert TRAILER.itemsize == TRAILER_BYTES
+_KEY_OFFSET = 80
 
 
 # ---- the header ------------------------------------------------------------------------------------------
@@ -236,6 +237,11 @@ def checksum_words(layout: PageLayout, raw: NDArray[np.uint8]) -> NDArray[np.uin
     """The checksums in trailers of `layout`, (pages, layers), as they are there: encrypted or not."""
     words: NDArray[np.uint64] = raw.view(TRAILER)[:, 0]["checksums"][:, : layout.num_layers]
     return words
+
+
+def keys_in(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The keys in trailers, (pages, 32), whatever else is in them."""
+    return raw[:, _KEY_OFFSET : _KEY_OFFSET + KEY_BYTES]
 
 
 def parse_trailers(

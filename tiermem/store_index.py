@@ -143,6 +143,18 @@ class StoreIndex:
         """Whether there is an entry for what was written to each slot."""
         return self._published[slots]
 
+    def are_called(self, slots: Int64s, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Whether the entry of each of `keys`, (slots, 32), names the slot beside it; true where none does.
+
+        The keys are those in the slots' trailers: so an entry that leads to another page's slot is found.
+        """
+        called = ~self._published[slots]
+        with self._lmdb.begin() as txn:
+            for i in np.flatnonzero(~called).tolist():
+                entry = self._entry(txn, keys[i].tobytes())
+                called[i] = entry is not None and entry.slot == slots[i]
+        return called
+
     def note_hits(self, keys: Iterable[bytes]) -> None:
         """The pages of these entries were attached to a sequence; where there are any."""
         for key in keys:
