@@ -82,7 +82,6 @@ class Flips:
     def _outcome(self, flip: Flip) -> str:
         try:
             with StoreReader(self._path) as reader:
-                reader.check_index()
                 content = reader.content()
                 if content.strays:
                     return "found"

@@ -51,7 +51,6 @@ LAYERS = {
         "tiermem.guarded_io",
         "tiermem.patience",
         "tiermem.index_image",
-        "tiermem.index_pages",
         "tiermem.slot_scan",
         "tiermem.store",
         "tiermem.store_chains",

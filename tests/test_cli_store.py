@@ -209,6 +209,22 @@ def test_verify_says_that_all_is_well_or_what_is_not(cli: Cli, store: Path) -> N
     assert cli("verify", store, "--quick").code == 0  # does not read keys and values
 
 
+def test_what_another_process_may_be_writing_is_not_told_as_damage(
+    cli: Cli, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (store / "slots").open("r+b") as file:
+        file.seek(3 * STRIDE + 77)
+        file.write(b"\x55\xaa")
+    monkeypatch.setattr("tiermem.store_reader.StoreReader.owner_pid", lambda _reader: 1)
+    monkeypatch.setattr("tiermem.store_check.SECOND_LOOKS_S", (0.0, 0.0))
+    found = cli("verify", store)
+    assert found.code == 1
+    assert "may be being written" in found.out
+    assert found.out.endswith("not settled: verify it again when no process has it in use\n")
+    document = cli("verify", store, "--json").json()
+    assert (document["damaged_pages"], document["unsettled_pages"]) == (0, 1)
+
+
 def test_verify_tells_of_a_damaged_index_and_goes_no_further(cli: Cli, store: Path) -> None:
     os.truncate(store / "index" / "data.mdb", 5000)
     found = cli("verify", store)

@@ -11,7 +11,7 @@ import enum
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,8 @@ class Verdict(enum.IntEnum):
     """The slot was written again since: the entry is of no use, and nobody will be served by it."""
     CHANGED = 7
     """While it was looked at, the process that has the store in use gave it up or wrote it anew."""
+    UNSETTLED = 8
+    """Its bytes are not those that were written, but a process has the store in use and may be writing there."""
 
     @property
     def is_damage(self) -> bool:
@@ -80,6 +82,11 @@ class CheckResult:
     def damaged(self) -> tuple[PageReport, ...]:
         """Pages that are lost."""
         return tuple(report for report in self.reports if report.verdict.is_damage)
+
+    @property
+    def unsettled(self) -> tuple[PageReport, ...]:
+        """Pages of which nothing can be said while a process writes to the store."""
+        return tuple(report for report in self.reports if report.verdict is Verdict.UNSETTLED)
 
 
 Progress = Callable[[int, int, float], None]
@@ -257,7 +264,16 @@ def _look_again(reader: StoreReader, reports: list[PageReport], part: Part) -> l
                         reports.append(report)
         if not any(report.verdict.is_damage for report in reports):
             break
+    if is_written:
+        reports = [_unsettled(report) for report in reports]
     return sorted([*settled, *reports], key=lambda report: report.slot)
+
+
+def _unsettled(report: PageReport) -> PageReport:
+    """A page that is being filled layer by layer differs until its trailer is written, which may take a while."""
+    if report.verdict is not Verdict.PAYLOAD:
+        return report
+    return replace(report, verdict=Verdict.UNSETTLED)
 
 
 def _changed(report: PageReport) -> PageReport:

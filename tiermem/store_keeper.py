@@ -18,9 +18,11 @@ from types import TracebackType
 
 import lmdb
 import numpy as np
+from numpy.typing import NDArray
 
-from tiermem.errors import TransferError
+from tiermem.errors import CorruptPageError, TransferError
 from tiermem.index_image import INDEX_FILE, IndexImage
+from tiermem.slot_scan import Part, SlotScan
 from tiermem.store_chains import Int64s
 from tiermem.store_content import StoreContent
 from tiermem.store_files import claim, index_bytes
@@ -28,10 +30,10 @@ from tiermem.store_format import TRAILER_BYTES
 from tiermem.store_index import MAX_GONE, MIN_GONE
 from tiermem.store_names import GoneReason
 from tiermem.store_reader import StoreReader
+from tiermem.store_rebuild import NEW_INDEX, rebuild_index
 from tiermem.store_records import Gone, page_key
 from tiermem.store_usage import strangers
 
-NEW_INDEX = "index.new"
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 """Of fallocate."""
 
@@ -174,6 +176,35 @@ class StoreKeeper:
                 shutil.rmtree(name, dir_fd=place)
             else:
                 self._directory.remove(name)
+
+
+def rebuild_where_damaged(path: Path) -> str:
+    """Make the index of a store that nobody has in use again from the trailers, if it is damaged; what was wrong.
+
+    Raises
+    ------
+    ConfigError: no store, or one that a process has in use. TransferError: the trailers cannot be read.
+    """
+    with StoreReader(path) as reader:
+        try:
+            reader.image()
+        except CorruptPageError as error:
+            damage = str(error)
+        else:
+            return ""
+
+        def read_trailers(slots: Int64s) -> NDArray[np.uint8]:
+            with SlotScan(reader.slots, reader.layout, Part.TRAILER) as scan:
+                tails = [batch.tails.copy() for batch in scan.batches(slots)]
+            return np.concatenate(tails)
+
+        directory, lock = claim(path)
+        try:
+            rebuild_index(directory, reader.layout, reader.num_slots, read_trailers, damage)
+        finally:
+            os.close(lock)
+            directory.close()
+    return damage
 
 
 def _gaps(used: Iterable[int], end: int) -> Iterator[tuple[int, int]]:

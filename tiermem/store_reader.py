@@ -9,34 +9,24 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 from tiermem import _core
 from tiermem.cipher import StoreCipher
 from tiermem.cipher_key import find_key
 from tiermem.errors import ConfigError, CorruptPageError
-from tiermem.index_image import INDEX_FILE, IndexImage, image_of
-from tiermem.index_pages import IndexPages
+from tiermem.index_image import INDEX_FILE, MAX_INDEX_BYTES, IndexImage, image_from
 from tiermem.layout import PageLayout
 from tiermem.private_files import PrivateDirectory
 from tiermem.store_content import StoreContent
 from tiermem.store_format import MAX_HEADER_BYTES, TRAILER_BYTES, header_key_id, header_layout
+from tiermem.store_records import ENTRY_ROW, PAGE
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _DIRECTORY = _READ | os.O_DIRECTORY
 LOCKS = Path("/proc/locks")
 MAX_LOCKS_BYTES = 1 << 24
-QUIET_S = 3.0
-"""How long to try for a state of the index that did not change while it was read."""
-QUIET_LOOKS = 2
-PAUSE_S = 0.05
-"""Damage is believed once nobody wrote to the index between so many looks at it."""
-
-Result = TypeVar("Result")
 
 
 class StoreReader:
@@ -99,41 +89,18 @@ class StoreReader:
 
         Raises
         ------
-        CorruptPageError: the index is damaged, or missing; or it never stayed as it was for long enough.
+        CorruptPageError: the index is damaged, or missing, or a process wrote to it all the time.
         """
-        return self._from_index(lambda pages: image_of(pages.records(pages.meta())))
-
-    def check_index(self) -> None:
-        """Raise CorruptPageError unless each page of the index's file is what it should be, and used once."""
-        self._from_index(lambda pages: pages.check(pages.meta()))
-
-    def _from_index(self, read: Callable[[IndexPages], Result]) -> Result:
-        """What `read` makes of a state of the index that was not written over meanwhile."""
         descriptor = self._open_index()
-        pages = IndexPages(descriptor, str(self.path / "index" / INDEX_FILE))
-        end_s = time.monotonic() + QUIET_S
-        num_quiet, stamp = 0, -1
         try:
-            while True:
-                try:
-                    before = pages.meta().transaction
-                    result = read(pages)
-                    # one later transaction leaves the pages of this state alone
-                    if pages.meta().transaction <= before + 1:
-                        return result
-                except CorruptPageError:
-                    written = os.fstat(descriptor).st_mtime_ns
-                    num_quiet, stamp = num_quiet + 1 if written == stamp else 0, written
-                    if num_quiet >= QUIET_LOOKS or time.monotonic() > end_s:
-                        raise
-                    time.sleep(PAUSE_S)
-                if time.monotonic() > end_s:
-                    raise CorruptPageError(
-                        f"{self.path}: its index changed all the time while it was read, for {QUIET_S:g} s; "
-                        f"try again when the process that has it in use writes less"
-                    )
+            rows, others, damage = _core.read_lmdb(
+                descriptor, MAX_INDEX_BYTES, PAGE, ENTRY_ROW.itemsize
+            )
         finally:
             os.close(descriptor)
+        if damage:
+            raise CorruptPageError(f"{self.path / 'index' / INDEX_FILE}: {damage}")
+        return image_from(rows, others)
 
     def _open_index(self) -> int:
         where = self.path / "index"

@@ -28,7 +28,7 @@ from tiermem.cli.table import Align, Table, pairs
 from tiermem.errors import ConfigError, TransferError
 from tiermem.slot_scan import read_slot
 from tiermem.store_chains import Forest
-from tiermem.store_check import PageReport, check_page
+from tiermem.store_check import PageReport, Verdict, check_page
 from tiermem.store_content import StoreContent
 from tiermem.store_format import sound_trailers
 from tiermem.store_reader import StoreReader
@@ -75,7 +75,10 @@ def run(options: argparse.Namespace) -> int:
                     [*lines_of(page, width), *(_chain_lines(page, width) if options.chain else ())]
                 )
             )
-    return 1 if report is not None and report.verdict.is_damage else 0
+    is_lost = report is not None and (
+        report.verdict.is_damage or report.verdict is Verdict.UNSETTLED
+    )
+    return 1 if is_lost else 0
 
 
 def _find(content: StoreContent, digits: str) -> int:

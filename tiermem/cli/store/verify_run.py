@@ -22,7 +22,7 @@ from tiermem.store_chains import rows_of
 from tiermem.store_check import CheckResult, PageReport, Verdict, check_pages
 from tiermem.store_collect import unreachable
 from tiermem.store_content import StoreContent
-from tiermem.store_keeper import StoreKeeper
+from tiermem.store_keeper import StoreKeeper, rebuild_where_damaged
 from tiermem.store_names import KEY_BYTES, GoneReason
 from tiermem.store_reader import StoreReader
 
@@ -34,6 +34,7 @@ VERDICT_TEXTS = {
     Verdict.UNREADABLE: "cannot be read",
     Verdict.BEYOND: "the slot file ends before it",
     Verdict.OUTDATED: "its slot was used again; the entry is outdated",
+    Verdict.UNSETTLED: "not what was written, but it may be being written: look again when it is not in use",
     Verdict.CHANGED: "changed meanwhile by the process that has the store in use",
 }
 
@@ -60,7 +61,16 @@ class Outcome:
         return not (
             self.index_error
             or (self.content is not None and self.content.strays)
-            or (self.checked is not None and self.checked.damaged)
+            or (self.checked is not None and (self.checked.damaged or self.checked.unsettled))
+        )
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether the only thing that is not well is what a process may be writing just now."""
+        strays = self.content is not None and self.content.strays
+        checked = self.checked
+        return bool(
+            checked and checked.unsettled and not (checked.damaged or strays or self.index_error)
         )
 
 
@@ -77,35 +87,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(reader: StoreReader, part: Part) -> Outcome:
-    index_error = ""
-    try:
-        reader.check_index()
-    except CorruptPageError as error:
-        index_error = str(error)
     try:
         content = reader.content()
     except CorruptPageError as error:
-        return Outcome(index_error or str(error), None, None)
+        return Outcome(str(error), None, None)
     try:
         checked = check_pages(reader, content, content.rows(), part, _progress)
     finally:
         Progress.clear()
-    return Outcome(index_error, content, checked, int(content.forest().is_cut.sum()))
+    return Outcome("", content, checked, int(content.forest().is_cut.sum()))
 
 
 def _repair(path: Path, part: Part) -> Outcome:
     """Check a store that nobody has in use, and take out what is damaged."""
-    try:
-        keeper = StoreKeeper(path)
-    except CorruptPageError as error:
-        return Outcome(str(error), None, None)
-    with keeper:
-        outcome = _check(keeper.reader, part)
+    index_error = rebuild_where_damaged(path)
+    with StoreKeeper(path) as keeper:
+        outcome = replace(_check(keeper.reader, part), index_error=index_error)
         content, checked = outcome.content, outcome.checked
         if content is None or checked is None:
             return outcome
         bad = [report for report in checked.reports if report.verdict is not Verdict.CHANGED]
-        if bad or outcome.index_error or content.strays:
+        if bad or content.strays:
             reasons = _reasons(content, bad)
             outcome = replace(outcome, num_dropped=len(reasons) - len(checked.damaged))
             keeper.drop(reasons)
@@ -142,10 +144,11 @@ def to_json(reader: StoreReader, outcome: Outcome, part: Part) -> dict[str, obje
         "in_use": reader.owner_pid() is not None,
         "quick": part is Part.TRAILER,
         "index_error": outcome.index_error or None,
-        "damaged_records": len(content.strays) if content else None,
+        "damaged_records": None if content is None else len(content.strays),
         "unreachable_pages": outcome.num_cut,
         "pages": checked.num_pages if checked else None,
         "damaged_pages": len(checked.damaged) if checked else None,
+        "unsettled_pages": len(checked.unsettled) if checked else None,
         "set_aside": outcome.num_set_aside,
         "dropped": outcome.num_dropped,
         "bytes": checked.num_bytes if checked else 0,
@@ -165,6 +168,11 @@ def lines_of(reader: StoreReader, outcome: Outcome, part: Part, width: int | Non
         lines.append(f"{cut} cannot be found, a page before is not stored: `tiermem gc` drops such")
     if outcome.is_well:
         return [*lines, f"{reader.path}: all is well"]
+    if outcome.is_unsettled:
+        return [
+            *lines,
+            f"{reader.path}: not settled: verify it again when no process has it in use",
+        ]
     what = f"{reader.path}: damaged"
     if outcome.num_set_aside is not None:
         what += f"; {count_of(outcome.num_set_aside, 'page')} set aside"
@@ -177,10 +185,12 @@ def lines_of(reader: StoreReader, outcome: Outcome, part: Part, width: int | Non
 
 def _index_lines(outcome: Outcome) -> list[str]:
     if outcome.index_error:
-        return [
-            f"index: damaged: {outcome.index_error}",
-            "the next process that opens the store sets the index aside and makes a new one from the trailers",
-        ]
+        by_whom = (
+            "the next process that opens the store, or `tiermem verify --repair`, makes it again"
+        )
+        is_made = outcome.content is not None
+        what = "it was made again from the trailers" if is_made else by_whom
+        return [f"index: damaged: {outcome.index_error}", what]
     if outcome.content is not None and outcome.content.strays:
         return [f"index: {count_of(len(outcome.content.strays), 'record')} damaged and left out"]
     return ["index: in order"]
