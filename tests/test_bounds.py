@@ -124,17 +124,15 @@ def test_any_value_in_a_snapshot_is_shown_or_another_version() -> None:
     )
     document = json.loads(json.dumps(stats.to_json()))
     assert Snapshot.of(document).stats == stats
-    rng = random.Random(1)
     refused = 0
     places = list(leaves(document))
     for place in places:
-        for value in rng.sample(VALUES, 4):
+        for value in VALUES:
             snapshot = Snapshot.of(changed(document, place, value))  # type: ignore[arg-type]
             refused += snapshot.stats is None
             assert snapshot.age_s >= 0
-            for width in (None, 60):
-                text = "\n".join(manager_lines(snapshot, width, None))
-                assert "\x1b" not in text
+            text = "\n".join(manager_lines(snapshot, 60, None))
+            assert "\x1b" not in text
     assert refused > len(places)
 
 

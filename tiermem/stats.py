@@ -58,7 +58,7 @@ class FlowStats:
     @property
     def share_of_limit(self) -> float | None:
         """The mean rate as a share of what is possible, about 0 to 1; None where nothing moved or is known."""
-        if self.limit_gb_per_s is None or self.gb_per_s <= 0:
+        if not self.limit_gb_per_s or self.gb_per_s <= 0:
             return None
         return self.gb_per_s / self.limit_gb_per_s
 
@@ -139,7 +139,7 @@ class Stats:
     @property
     def attended_share_of_limit(self) -> float | None:
         """That rate as a share of the rate of RAM reads; None where nothing was attended or is known."""
-        if self.attended_limit_gb_per_s is None or self.attended_gb_per_s <= 0:
+        if not self.attended_limit_gb_per_s or self.attended_gb_per_s <= 0:
             return None
         return self.attended_gb_per_s / self.attended_limit_gb_per_s
 
