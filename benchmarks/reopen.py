@@ -95,7 +95,8 @@ def open_once(path: Path, num_pages: int) -> dict[str, float]:
     resident = process.memory_info().rss - before
     if len(prefixes) != num_pages or table.counts(Tier.SSD).free != store.num_slots - num_pages:
         raise InvariantError(f"{len(prefixes)} pages found, {num_pages} were stored")
-    names = prefixes.names_of(prefixes.pages()[:: max(1, num_pages // 100)])
+    some = np.ascontiguousarray(prefixes.pages()[:: max(1, num_pages // 100)])
+    names = prefixes.names_of(some)
     keys = [name.key for name in names if name is not None]
     if len(keys) != len(names) or any(len(np.frombuffer(key, np.uint8)) != 32 for key in keys):
         raise InvariantError("pages without a name")
