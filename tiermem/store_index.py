@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -21,6 +22,7 @@ from tiermem.private_files import PrivateDirectory
 from tiermem.store_files import index_bytes, open_index
 from tiermem.store_names import KEY_BYTES, NO_ROOT, ChainRoot, GoneReason, PageName
 from tiermem.store_records import (
+    ENTRY_ROW,
     GONE_PAGE,
     LABEL,
     ROOT,
@@ -40,6 +42,9 @@ MIN_GONE, MAX_GONE = 256, 65536
 """Places in the ring of what is gone: one a slot, within these."""
 PART_RECORDS = 64
 """Written at once where the index is full."""
+_KEY = slice(1, 1 + KEY_BYTES)
+_PARENT = slice(1 + KEY_BYTES + 24, 1 + 2 * KEY_BYTES + 24)
+"""Where the hashes are in a row of ENTRY_ROW."""
 SECOND_NS = 1_000_000_000
 
 
@@ -257,27 +262,28 @@ class StoreIndex:
         ages = every["last_use_s"].astype(np.int64) << 31
         order = np.argsort(ages - every["position"].astype(np.int64))
         kept = order[self._is_kept(every)[order]]
-        rows, entries = image.entries[kept], every[kept]
-        slots = entries["slot"].astype(np.int64)
-        self.generations[slots] = entries["generation"]
-        self.checksums[slots] = entries["checksum"]
+
+        def column(name: str, dtype: type[np.generic] = np.int64) -> NDArray[Any]:
+            return every[name].astype(dtype)[kept]
+
+        slots = column("slot")
+        self.generations[slots] = column("generation", np.uint64)
+        self.checksums[slots] = column("checksum", np.uint64)
         self._published[slots] = True
-        self._delete_strays(image, kept)
-        pairs = (entries["root"].astype(np.uint64) << np.uint64(32)) | entries["label"]
-        unique, origins = np.unique(pairs, return_inverse=True)
+        unique, origins = np.unique(column("root") << 32 | column("label"), return_inverse=True)
+        pairs = [(int(pair) >> 32, int(pair) & (2**32 - 1)) for pair in unique]
+        self._delete_strays(image, kept, pairs)
+        raw = np.ascontiguousarray(image.entries).view(np.uint8).reshape(-1, ENTRY_ROW.itemsize)
         return StoredPages(
-            keys=_hashes(rows["key"]),
-            parents=_hashes(entries["parent"]),
+            keys=raw[:, _KEY][kept],
+            parents=raw[:, _PARENT][kept],
             slots=slots,
-            positions=entries["position"].astype(np.int64),
-            last_use_s=entries["last_use_s"].astype(np.int64),
+            positions=column("position"),
+            last_use_s=column("last_use_s"),
             origins=origins.astype(np.int32),
             names=tuple(
-                (
-                    image.roots.get(int(pair) >> 32, NO_ROOT),
-                    image.labels.get(int(pair) & (2**32 - 1), ""),
-                )
-                for pair in unique
+                (image.roots.get(root, NO_ROOT), image.labels.get(label, ""))
+                for root, label in pairs
             ),
         )
 
@@ -296,7 +302,8 @@ class StoreIndex:
         kept[places] = last[slots] == places
         return kept
 
-    def _delete_strays(self, image: IndexImage, kept: Int64s) -> None:
+    def _delete_strays(self, image: IndexImage, kept: Int64s, pairs: list[tuple[int, int]]) -> None:
+        """Delete what is not kept, and the roots and labels that are not among `pairs`."""
         now_ns = time.time_ns()
         dropped = np.ones(len(image.entries), dtype=np.bool_)
         dropped[kept] = False
@@ -304,15 +311,9 @@ class StoreIndex:
             key = row["key"].tobytes()
             self._pending[page_key(key)] = None
             self._note_gone(Gone(key, now_ns, GoneReason.CAP))
-        used = image.entries["entry"][kept]
-        roots, labels = set(used["root"].tolist()), set(used["label"].tolist())
+        roots, labels = {root for root, _ in pairs}, {label for _, label in pairs}
         unused = [number_key(ROOT, n) for n in image.roots if n not in roots]
         unused += [number_key(LABEL, n) for n in image.labels if n not in labels]
         self._pending.update(dict.fromkeys([*image.strays, *unused]))
         self._roots = {key: n for key, n in self._roots.items() if n in roots}
         self._labels = {label: n for label, n in self._labels.items() if n in labels}
-
-
-def _hashes(column: NDArray[np.void]) -> NDArray[np.uint8]:
-    """(n,) of 32 bytes as (n, 32)."""
-    return np.ascontiguousarray(column).view(np.uint8).reshape(-1, KEY_BYTES)
