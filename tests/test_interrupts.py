@@ -1,0 +1,101 @@
+"""An interrupt may come at any instruction: `with TierManager` closes, and what is found later is never wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import pytest
+from liveness_support import PAGE, check_content, grow, open_manager, tokens_of
+
+from tiermem import OutOfPagesError, TierManager
+from tiermem.device.cpu import CpuDevice
+from tiermem.device.protocol import Device
+from tiermem.device.simulated import SimulatedDevice
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+"""Python drops what is raised in a callback of a weak reference."""
+
+ROUNDS = 6
+LONGEST_S = 0.03
+SLOTS = (4, 4, 16)
+
+
+@pytest.fixture(name="alarm", autouse=True)
+def alarm_fixture() -> Iterator[None]:
+    """The alarm clock interrupts as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def work(manager: TierManager, rng: random.Random, seconds: float) -> None:
+    """Sequences of two prompts that grow, leave the GPU, are dropped and written, until an interrupt comes."""
+    # again and again: Python drops what is raised while it collects garbage
+    signal.setitimer(signal.ITIMER_REAL, seconds, 0.05)
+    while True:
+        for salt in (1, 2):
+            sequence = manager.open_sequence(tokens_of(salt, 6 * PAGE))
+            with contextlib.suppress(OutOfPagesError):
+                sequence.rollback(sequence.num_tokens - min(sequence.num_tokens, 2 * PAGE))
+                grow(manager, sequence, rng.choice([1, PAGE, PAGE + 3]), salt)
+                sequence.suspend()
+                grow(manager, sequence, PAGE, salt)
+                manager.flush()
+            sequence.close()
+
+
+@pytest.mark.parametrize("make", [CpuDevice, SimulatedDevice])
+def test_a_manager_closes_wherever_an_interrupt_comes(
+    tmp_path: Path, make: type[CpuDevice] | type[SimulatedDevice]
+) -> None:
+    seed = random.SystemRandom().randrange(2**32)
+    sys.stdout.write(f"seed {seed}\n")  # shown when the test fails
+    rng = random.Random(seed)
+    num_again = 0
+    for _ in range(ROUNDS):
+        device: Device = make()
+        manager = open_manager(tmp_path / "s", SLOTS, device, io_timeout_s=30.0)
+        with pytest.raises(KeyboardInterrupt), manager:
+            work(manager, rng, rng.uniform(1e-4, LONGEST_S))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        manager.close()
+        with open_manager(tmp_path / "s", SLOTS, io_timeout_s=30.0) as again:
+            num_again += 1
+            for salt in (1, 2):
+                found = again.open_sequence(tokens_of(salt, 6 * PAGE))
+                check_content(found, salt)
+    assert num_again == ROUNDS
+
+
+@pytest.mark.parametrize("make", [CpuDevice, SimulatedDevice])
+def test_an_interrupt_while_a_manager_closes_is_made_up_for_by_the_next_close(
+    tmp_path: Path, make: type[CpuDevice] | type[SimulatedDevice]
+) -> None:
+    rng = random.Random(7)
+    num_interrupted = 0
+    for salt in range(1, 7):
+        manager = open_manager(tmp_path / "s", SLOTS, make(), io_timeout_s=30.0)
+        grow(manager, manager.open_sequence(), 3 * PAGE, salt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 1e-2))
+            manager.close()
+        except KeyboardInterrupt:
+            num_interrupted += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        manager.close()
+        with open_manager(tmp_path / "s", SLOTS, io_timeout_s=30.0) as again:
+            found = again.open_sequence(tokens_of(salt, 3 * PAGE))
+            check_content(found, salt)
+    assert num_interrupted > 0
