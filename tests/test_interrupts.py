@@ -43,16 +43,19 @@ def work(manager: TierManager, rng: random.Random, seconds: float) -> None:
     """Sequences of two prompts that grow, leave the GPU, are dropped and written, until an interrupt comes."""
     # again and again: Python drops what is raised while it collects garbage
     signal.setitimer(signal.ITIMER_REAL, seconds, 0.05)
-    while True:
-        for salt in (1, 2):
-            sequence = manager.open_sequence(tokens_of(salt, 6 * PAGE))
-            with contextlib.suppress(OutOfPagesError):
-                sequence.rollback(sequence.num_tokens - min(sequence.num_tokens, 2 * PAGE))
-                grow(manager, sequence, rng.choice([1, PAGE, PAGE + 3]), salt)
-                sequence.suspend()
-                grow(manager, sequence, PAGE, salt)
-                manager.flush()
-            sequence.close()
+    try:
+        while True:
+            for salt in (1, 2):
+                sequence = manager.open_sequence(tokens_of(salt, 6 * PAGE))
+                with contextlib.suppress(OutOfPagesError):
+                    sequence.rollback(sequence.num_tokens - min(sequence.num_tokens, 2 * PAGE))
+                    grow(manager, sequence, rng.choice([1, PAGE, PAGE + 3]), salt)
+                    sequence.suspend()
+                    grow(manager, sequence, PAGE, salt)
+                    manager.flush()
+                sequence.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @pytest.mark.parametrize("make", [CpuDevice, SimulatedDevice])
