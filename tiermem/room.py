@@ -148,12 +148,15 @@ class Room:
     def move_down(self, ids: Ids, tier: Tier) -> None:
         """Take the copies of `ids` out of `tier`, after those that have none lower were copied; waits.
 
+        Those that work beyond its deadline still holds stay.
+
         Raises
         ------
         OutOfPagesError: the lower tiers cannot take all of them; some may have moved.
         TransferError: a copy or write failed.
         """
         while True:
+            ids = ids[self._table.pins(ids, tier) == 0]
             clean = self._has_lower_copy(ids, tier)
             self._table.drop(ids[clean], tier)
             ids = ids[~clean]
