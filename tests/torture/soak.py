@@ -31,8 +31,8 @@ NUM_BLOCKS = 12
 """Samples near each other are alike: the line is fitted to means of so many blocks."""
 ERRORS = 4.0
 """A slope so many standard errors above zero is growth."""
-LEAST_GROWTH_BYTES = 2 << 20
-"""Over the run: less is one arena of the allocator, whatever the fit says."""
+LEAST_GROWTH_BYTES = 8 << 20
+"""Over the run: less is the warming up of allocator and tables in a short one, whatever the fit says."""
 
 
 @dataclass(slots=True)
