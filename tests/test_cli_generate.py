@@ -197,8 +197,8 @@ def test_the_private_directory_is_gone_afterwards(
 def test_a_private_cold_tier_takes_what_fits(
     cli: Cli, model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free_bytes = 10 << 20
-    usage = shutil.disk_usage("/")._replace(free=free_bytes)
+    free_bytes, floor = 10 << 20, 1 << 30
+    usage = shutil.disk_usage("/")._replace(total=1 << 40, free=floor + free_bytes)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     found = cli(
         "generate", "--model", model_dir, "--prompt", PROMPT, *TIERS, *CPU, "--ssd", "1GiB",

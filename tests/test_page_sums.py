@@ -338,6 +338,44 @@ def test_a_streamed_page_that_is_damaged_in_ram_comes_from_the_ssd(open_manager:
     check_rows(manager)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_page_on_the_ssd_is_continued_while_its_slices_are_compared(
+    tmp_path: Path, seed: int
+) -> None:
+    """The ring has room for one layer of it: the next layer must not come before the comparison has ended."""
+    config = TierConfig(
+        gpu=3 * SLOT, ram=0, ssd=64 << 20, ssd_path=tmp_path / "store", device="cpu",
+        staging_pages=1,
+    )  # fmt: skip
+    device = SimulatedDevice(seed=seed, eagerness=(0.0, 0.3, 0.7)[seed % 3])
+    with TierManager(LAYOUT, config, device=device) as manager:
+        sequence = manager.open_sequence()
+        grow(manager, sequence, 5 * PAGE + 5)
+        for _ in range(3):
+            sequence.suspend()
+            assert not has(manager, int(sequence.pages[-1]), Tier.GPU)
+            grow(manager, sequence, 1)
+        k, v = sequence.read(2, 0, 5 * PAGE + 5)
+        assert torch.equal(torch.stack([k, v]), kv(0, 5 * PAGE + 5, 2))
+        assert corrupt(manager) == {}
+
+
+def test_what_is_compared_keeps_the_sums_it_is_compared_with(open_manager: Open) -> None:
+    manager = open_manager(8, 0, ssd=1)
+    sequence = manager.open_sequence()
+    grow(manager, sequence, 2 * PAGE)
+    sequence.suspend()
+    core = manager._core
+    tiers = np.full(2, int(Tier.SSD), dtype=np.int64)
+    core.table.pin(sequence.pages, Tier.SSD)
+    check = core.ring.load(0, 1, sequence.pages, tiers)
+    core.table.unpin(sequence.pages, Tier.SSD)
+    core.ring.end_use(0)
+    assert check.sums is not None
+    rows = check.sums.ctypes.data + np.arange(2) * check.sums.strides[0]
+    assert check.slices.rows.tolist() == rows.tolist()
+
+
 # ---- damage on the way to the SSD -----------------------------------------------------------------
 
 

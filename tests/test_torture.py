@@ -92,6 +92,7 @@ from tiermem.store_index import StoreIndex
 ColdStore.verify = lambda self, transfer: np.ones(len(transfer.slots), dtype=bool)
 publish = StoreIndex.publish
 StoreIndex.publish = lambda self, slots, names: publish(self, slots, names[1:] + names[:1])
+StoreIndex.are_called = lambda self, slots, keys: np.ones(len(slots), dtype=bool)
 """
 """An index with its names exchanged, and nobody who looks."""
 

@@ -41,13 +41,15 @@ class Damage:
 class Check:
     """Pages that the device compares with their sums: where they came from, and what it found.
 
-    It must be kept until the comparisons have ended.
+    It must be kept until the comparisons have ended. `sums` are those of pages that have no row beside a slot, in
+    `new_rows`, which the device reads as long.
     """
 
     slices: Slices
     ids: Ids
     tiers: Slots
     slots: Slots
+    sums: Sums | None = None
 
     def damages(self) -> list[Damage]:
         """What was found, once the comparisons were seen done."""
@@ -162,11 +164,20 @@ class PageSums:
     # ---- use ---------------------------------------------------------------------------------------
 
     def check(
-        self, pages: Addresses, rows: Addresses, ids: Ids, tiers: Slots, slots: Slots
+        self,
+        pages: Addresses,
+        rows: Addresses,
+        ids: Ids,
+        tiers: Slots,
+        slots: Slots,
+        sums: Sums | None = None,
     ) -> Check:
-        """What `verify` takes, of pages that come to hot memory at `pages` from `slots` of their `tiers`."""
+        """What `verify` takes, of pages that come to hot memory at `pages` from `slots` of their `tiers`.
+
+        `sums`: where `rows`, or some of them, are `new_rows`.
+        """
         slices = self._device.slices(pages, rows, self._layout.layer_bytes)
-        return Check(slices, ids, tiers, slots)
+        return Check(slices, ids, tiers, slots, sums)
 
     def verify(self, check: Check, layers: range, stream: Stream) -> None:
         """Compare consecutive slices of every page with its sums at `layers`, in the order of `stream`."""

@@ -148,21 +148,25 @@ class Room:
     def move_down(self, ids: Ids, tier: Tier) -> None:
         """Take the copies of `ids` out of `tier`, after those that have none lower were copied; waits.
 
-        Those that work beyond its deadline still holds stay.
-
         Raises
         ------
         OutOfPagesError: the lower tiers cannot take all of them; some may have moved.
-        TransferError: a copy or write failed.
+        TransferError: a copy or write failed, or work beyond its deadline still holds pages, which stay.
         """
-        while True:
-            ids = ids[self._table.pins(ids, tier) == 0]
+        held = 0
+        while len(ids):
+            is_held = self._table.pins(ids, tier) > 0
+            held += int(is_held.sum())
+            ids = ids[~is_held]
             clean = self._has_lower_copy(ids, tier)
             self._table.drop(ids[clean], tier)
             ids = ids[~clean]
-            if len(ids) == 0:
-                return
-            self._copy_some_down(ids, tier)
+            if len(ids):
+                self._copy_some_down(ids, tier)
+        if held:
+            raise TransferError(
+                f"{held} pages stay in {tier.name}: work beyond its deadline still holds them"
+            )
 
     def _copy_some_down(self, ids: Ids, tier: Tier) -> None:
         self._table.pin(ids, tier)  # R4

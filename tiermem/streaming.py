@@ -186,6 +186,7 @@ class Ring:
             ids[sealed],
             from_tiers[sealed],
             there[sealed],
+            None if cold is None else cold.sums,
         )
         return SliceLoad(half, tuple(copies), cold, check)
 
@@ -277,7 +278,8 @@ class Ring:
             Direction.DEVICE_TO_DEVICE, target, source, self._layout.layer_bytes, stream
         )
         copied = stream.record()
-        self._halves[half].given_to(copied)
+        # The slices are still compared where they lie: what comes next waits for that too.
+        self._halves[half].given_to(copied, self._device.compute_stream().record())
         return copied
 
     def begin_write(self, half: int) -> None:

@@ -346,7 +346,8 @@ class Mover:
         On a stream of its own, beside the next copies.
         """
         tiers = np.full(len(ids), src, dtype=np.int64)
-        check = self.sums.check(self._pools[Tier.GPU].addresses(slots), rows, ids, tiers, there)
+        target = self._pools[Tier.GPU].addresses(slots)
+        check = self.sums.check(target, rows, ids, tiers, there, sums)
         self.checks.wait_event(copied)
         self.sums.verify(check, self.sums.every_layer, self.checks)
 

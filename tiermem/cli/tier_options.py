@@ -39,9 +39,9 @@ def tier_overrides(options: argparse.Namespace) -> Iterator[dict[str, object]]:
         TierConfig.from_table(given)
         yield given
         return
-    TierConfig.from_table({**given, "ssd": ssd, "ssd_path": "private"})
+    config = TierConfig.from_table({**given, "ssd": ssd, "ssd_path": "private"})
     with _private_directory() as directory:
-        yield {**given, "ssd": _that_fits(ssd, directory), "ssd_path": str(directory)}
+        yield {**given, "ssd": _that_fits(ssd, directory, config), "ssd_path": str(directory)}
 
 
 def tier_config(
@@ -85,13 +85,14 @@ def _table(options: argparse.Namespace) -> dict[str, object]:
     return {} if options.config is None else read_table(options.config)
 
 
-def _that_fits(ssd: Size, directory: Path) -> Size:
-    free_bytes = shutil.disk_usage(directory).free
+def _that_fits(ssd: Size, directory: Path, config: TierConfig) -> Size:
+    usage = shutil.disk_usage(directory)
+    free_bytes = max(usage.free - config.free_floor_bytes(usage.total), 0)
     wanted = ssd.resolve(free_bytes)
     if wanted <= free_bytes * PRIVATE_SHARE:
         return ssd
     fitting = int(free_bytes * PRIVATE_SHARE)
-    note(f"ssd={ssd}: only {size_text(free_bytes)} are free in {directory.parent}; using "
+    note(f"ssd={ssd}: only {size_text(free_bytes)} are free in {directory.parent} above ssd_free_floor; using "
          f"{size_text(fitting)}")  # fmt: skip
     return Size(SizeKind.EXPLICIT, num_bytes=fitting)
 
