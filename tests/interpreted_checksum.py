@@ -12,7 +12,7 @@ from checksum_cases import Case
 
 from tiermem.attention.kernels.checksum import ChecksumKernels
 
-SIZES = [16, 48, 1008, 1024, 1040, 3072, 16 * 1024, 17 * 1024, 16 * 1024 + 2064, 64 * 1024]
+SIZES = [16, 1008, 1040, 3072, 4096, 5 * 1024 + 16, 10 * 1024 + 2064]
 
 
 @pytest.mark.parametrize("slice_bytes", SIZES)
@@ -23,7 +23,7 @@ def test_sums_are_those_of_the_native_function(slice_bytes: int) -> None:
     assert not case.marks.any()
 
 
-@pytest.mark.parametrize("slice_bytes", [48, 1024, 17 * 1024])
+@pytest.mark.parametrize("slice_bytes", [48, 1024, 5 * 1024 + 16])
 def test_a_flipped_bit_marks_its_page_and_layer(slice_bytes: int) -> None:
     random = np.random.default_rng(slice_bytes)
     case = Case(random, slice_bytes)
