@@ -27,10 +27,14 @@ def test_random_operations_never_serve_a_wrong_byte(seed: int, tmp_path: Path) -
     slots = ((4, 8, 0), (3, 4, 30), (6, 0, 40))[seed % 3]
     store = tmp_path / "store" if slots[2] else None
     world = World(seed, slots, store, make_device=lambda _: CudaDevice(0))
-    world.run(300)
-    if store:
-        world.reopen()
-    world.run(100)
+    try:
+        world.run(300)
+        if store:
+            world.reopen()
+        world.run(100)
+    except BaseException:
+        world.manager.close()  # or the memory that it pinned would be in the way of other tests
+        raise
     world.close()
 
 

@@ -213,6 +213,9 @@ class TierManager:
     def flush(self) -> None:
         """Return when every published page is durable on the SSD, within its cap (the most recent ones).
 
+        Where the disk is to be spared (`stats().disk.pause` says why) fewer are written, which a warning tells;
+        what was written is durable.
+
         Raises
         ------
         ConfigError: there is no SSD tier. TransferError: a write failed, or the SSD tier is switched off: says
