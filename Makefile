@@ -47,9 +47,10 @@ demo: $(BUILT) ## generate text with a hot tier several times too small; compare
 	$(BIN)/tiermem generate --model models/reference --prompt-file examples/long_prompt.txt \
 	  --gpu 8MiB --ram 24MiB --ssd 1GiB --max-new-tokens 64 --verify
 
+# Four at once on any machine: many tests wait for disks, other processes and deadlines.
 test: test-native $(BUILT) ## all tests that need no GPU
 	$(call need,pytest pytest_timeout hypothesis xdist lmdb)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal --durations 12
 
 test-native: build/native/ready ## the C++ tests of the native core
 	ctest --test-dir build/native --output-on-failure --parallel $(JOBS)
