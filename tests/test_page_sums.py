@@ -342,7 +342,7 @@ def test_a_streamed_page_that_is_damaged_in_ram_comes_from_the_ssd(open_manager:
 def test_a_page_on_the_ssd_is_continued_while_its_slices_are_compared(
     tmp_path: Path, seed: int
 ) -> None:
-    """The ring has room for one layer of it: the next layer must not come before the comparison has ended."""
+    """Its bytes and sums, read layer by layer through one half of the ring, are those that were stored."""
     config = TierConfig(
         gpu=3 * SLOT, ram=0, ssd=64 << 20, ssd_path=tmp_path / "store", device="cpu",
         staging_pages=1,
@@ -358,6 +358,27 @@ def test_a_page_on_the_ssd_is_continued_while_its_slices_are_compared(
         k, v = sequence.read(2, 0, 5 * PAGE + 5)
         assert torch.equal(torch.stack([k, v]), kv(0, 5 * PAGE + 5, 2))
         assert corrupt(manager) == {}
+
+
+def test_a_half_is_filled_again_behind_the_comparison_too(open_manager: Open) -> None:
+    """Which runs on the compute stream, beside the copy out of the half."""
+    core = open_manager(8, 8)._core
+    target = core.pools[Tier.GPU].addresses(np.array([0], dtype=np.int64))
+    records: list[Any] = []
+    kind = type(core.device.compute_stream())
+    record = kind.record
+
+    def noted(stream: Any) -> Any:
+        event = record(stream)
+        records.append(event)
+        return event
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "record", noted)
+        core.ring.copy_out(0, target)
+    users = core.ring._halves[0].users
+    assert len(users) == 2
+    assert [any(event is user for user in users) for event in records] == [True, True]
 
 
 def test_what_is_compared_keeps_the_sums_it_is_compared_with(open_manager: Open) -> None:
