@@ -18,6 +18,19 @@ from tiermem.model_shape import ModelShape
 LABEL = "tiermem bench long-context"
 
 
+class OffloadedCache(DynamicCache):
+    """transformers' offloaded cache whose copies wait for the work before them.
+
+    Some releases fetch the next layer while its copy to the host is still under way, and into memory that
+    attention still reads: a fast small model then gets NaN. The wait costs others nothing, since they wait too.
+    """
+
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Start to fetch the next layer from `layer_idx` on."""
+        self.prefetch_stream.wait_stream(torch.cuda.current_stream())
+        super().prefetch(layer_idx, only_non_sliding)
+
+
 class LongContextModel:
     """Random weights of a shape, or those of a directory, on `device`."""
 
@@ -57,7 +70,7 @@ class LongContextModel:
 
     def open_offloaded(self) -> PlainCache:
         """transformers' offloaded cache."""
-        return DynamicCache(config=self._model.config, offloading=True)
+        return OffloadedCache(config=self._model.config, offloading=True)
 
     @torch.no_grad()
     def feed(self, cache: object, ids: torch.Tensor) -> torch.Tensor:
