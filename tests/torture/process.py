@@ -33,11 +33,14 @@ HUNG_S = 5.0
 def warm_up() -> None:
     """Import and try all that children need, so that a fork has it; leaves no thread behind.
 
+    Threads that imported libraries start for themselves, as a CUDA build of torch does, are not missed.
+
     Raises
     ------
     RuntimeError: threads are left, which a forked child would miss.
     """
     torch.set_num_threads(1)
+    imported = _threads()
     # reading the limits of memory takes half of the time that a manager needs to start
     free_bytes = host.host_free_bytes()
     host.host_free_bytes = cpu.host_free_bytes = lambda: free_bytes
@@ -52,9 +55,15 @@ def warm_up() -> None:
                 step.attend(layer, kv)
     gc.collect()
     gc.freeze()  # forked children would copy all these pages by counting references
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    if threads != 1:
-        raise RuntimeError(f"{threads} threads are running; children are forked from one")
+    left = [name for thread, name in _threads().items() if thread not in imported]
+    if left:
+        raise RuntimeError(f"threads are running that a forked child would miss: {', '.join(left)}")
+
+
+def _threads() -> dict[str, str]:
+    """Names of the threads of this process, by their number."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {task.name: (task / "comm").read_text().strip() for task in tasks}
 
 
 @dataclass(slots=True)
