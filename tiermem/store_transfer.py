@@ -79,6 +79,10 @@ class StoreTransfer:
         except OSError as error:
             self._error = _refused(error)
 
+    def leave_unchecked(self) -> None:
+        """For benchmarks: compare nothing from now on. What was not compared never counts as intact."""
+        self._check = None
+
     def refuse(self, error: TransferError) -> None:
         """What was to be submitted cannot be: the transfer fails, once the parts before have ended."""
         self._error = self._error or error
@@ -118,7 +122,7 @@ class StoreTransfer:
             f"the SSD tier did not answer within io_timeout_s={self._timeout_s:g} "
             f"({len(self._parts) - self._num_ended} parts of {len(self.slots)} pages)"
         )
-        self._check = None  # nobody will use what arrives
+        self.leave_unchecked()  # nobody will use what arrives
         self._error = self._error or error
         self._engine.keep_late(self, str(error))
         return error

@@ -59,10 +59,10 @@ def run(bench: Run) -> Iterator[Result]:
     memory = bench.device.allocate_host(total)
     try:
         bench.progress("disk: which way of reading and writing suits it")
-        options = _best_way(bench, total)
+        options = best_way(bench, total)
         bench.progress("disk: raw direct I/O")
         with (
-            _own_directory(bench.directory) as path,
+            own_directory(bench.directory) as path,
             DiskCeiling(path / "raw", memory, bench.scale) as ceiling,
         ):
             for num_layers in layouts:
@@ -171,7 +171,7 @@ class _StoreRows:
             yield transfer
 
 
-def _best_way(bench: Run, total: int) -> DiskOptions | None:
+def best_way(bench: Run, total: int) -> DiskOptions | None:
     """The way that `tiermem calibrate` would choose; None, the engine's own choice, in a quick run."""
     if bench.scale is Scale.QUICK:
         return None
@@ -185,20 +185,35 @@ def _size(part: slice) -> int:
 def _check_room(directory: Path, total: int, fewest_layers: int) -> None:
     slot_bytes = PageLayout(fewest_layers, 8, 128, "float16", 64).slot_bytes
     store_bytes = total + total // slot_bytes * SLOT_EXTRA
-    wanted = total + store_bytes + SPARE_BYTES  # the store beside the raw file
+    check_room(directory, total + store_bytes + SPARE_BYTES)  # the store beside the raw file
+
+
+def check_room(directory: Path, wanted: int) -> None:
+    """Refuse a place with fewer free bytes than `wanted`.
+
+    Raises
+    ------
+    ConfigError: there are fewer, or there is no such place.
+    """
     try:
         free = shutil.disk_usage(directory).free
     except OSError as error:
         raise ConfigError(f"{directory}: {error.strerror or error}") from error
     if wanted > free:
         raise ConfigError(
-            f"the disk benchmark writes {wanted} bytes, {free} bytes are free in {directory}: free "
+            f"the benchmark writes {wanted} bytes, {free} bytes are free in {directory}: free "
             f"some, or give another --ssd-path"
         )
 
 
 @contextmanager
-def _own_directory(base: Path) -> Iterator[Path]:
+def own_directory(base: Path) -> Iterator[Path]:
+    """A directory below `base` that is removed with what it holds.
+
+    Raises
+    ------
+    ConfigError: nothing can be written there.
+    """
     try:
         path = Path(tempfile.mkdtemp(prefix="tiermem-bench-", dir=base))
     except OSError as error:

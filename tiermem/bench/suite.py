@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from tiermem.bench import copy, disk, kernel, pool, prediction, step
+from tiermem.bench import checksums, copy, disk, kernel, pool, prediction, step
 from tiermem.bench.result import Result
 from tiermem.bench.run import Run
 
 Benchmark = Callable[[Run], Iterator[Result]]
 
-BENCHMARKS: dict[str, Benchmark] = {
-    module.NAME: module.run for module in (copy, disk, kernel, step, pool, prediction)
+MODULES = {
+    module.NAME: module for module in (copy, disk, kernel, step, pool, prediction, checksums)
 }
+BENCHMARKS: dict[str, Benchmark] = {name: module.run for name, module in MODULES.items()}
 ALL = "all"
 
 
 def question(name: str) -> str:
     """What the benchmark `name` asks."""
-    modules = {module.NAME: module for module in (copy, disk, kernel, step, pool, prediction)}
-    return (modules[name].__doc__ or "").strip()
+    return (MODULES[name].__doc__ or "").strip()
 
 
 def run_suite(names: Sequence[str], bench: Run) -> Iterator[Result]:

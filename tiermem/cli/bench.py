@@ -21,6 +21,7 @@ EXAMPLES = """\
 examples:
   tiermem bench all --save now.jsonl                  everything; a few minutes
   tiermem bench copy --quick                          a preview
+  tiermem bench checksums --save sums.jsonl           what it costs to find damaged bytes
   tiermem bench all --compare then.jsonl              exit code 1 if something became 10% worse
   tiermem bench long-context --model 33b --context 128k --gpu 8GiB --synthetic-kv
                                                       one request larger than the GPU; not part of all
@@ -29,6 +30,12 @@ examples:
 
 Exit code: 0 done; 1 a result was wrong, or worse than --tolerance allows; 2 wrong arguments."""
 
+MEASURING_EXAMPLES = """\
+examples:
+  tiermem bench {name} --quick --device cpu            a preview, without a GPU
+  tiermem bench {name} --ssd-path /mnt/nvme --save now.jsonl
+  tiermem bench {name} --compare now.jsonl             exit code 1 if something became 10% worse"""
+
 QUESTIONS = {
     "copy": "batches of pages between RAM and GPU, against one large copy",
     "disk": "pages to and from the cold tier, against raw direct I/O",
@@ -36,6 +43,7 @@ QUESTIONS = {
     "step": "host time of a step, and operations of the page table",
     "pool": "start-up of the warm pool, against cudaHostAlloc",
     "prediction": "decode steps, against what `tiermem plan` predicts",
+    "checksums": "steps, copies, reads and writes, against the same without checksums",
     "all": "all of these",
 }
 PLOT = "plot"
@@ -74,7 +82,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _add_measuring(kinds: Commands[CommandParser], name: str, text: str) -> None:
-    parser = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser = kinds.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=MEASURING_EXAMPLES.format(name=name),
+    )
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, few repeats: a preview, not figures"
     )
@@ -83,7 +96,7 @@ def _add_measuring(kinds: Commands[CommandParser], name: str, text: str) -> None
         "--ssd-path",
         metavar="DIR",
         type=Path,
-        help="where the disk benchmark writes (the place of private cold tiers if not given)",
+        help="where disk and checksums write (the place of private cold tiers if not given)",
     )
     parser.add_argument(
         "--pool-size", metavar="SIZE", help="of the pools whose start-up is timed (8GiB)"
