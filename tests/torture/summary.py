@@ -44,7 +44,10 @@ def shower() -> Callable[[float, Tally], None]:
 
 def table(tally: Tally, seconds: float) -> str:
     """All counts, a line each."""
-    slopes = ", ".join(f"{slope:+.0f} ± {error:.0f}" for slope, error in tally.slopes[-4:])
+    slopes = "; ".join(
+        f"{name} {slope.middle:+.2g} [{slope.low:+.2g}, {slope.high:+.2g}]"
+        for name, slope in tally.slopes.items()
+    )
     rows = [
         ("time", f"{seconds:,.0f} s"),
         ("cases", counts(tally.cases)),
@@ -65,7 +68,7 @@ def table(tally: Tally, seconds: float) -> str:
         ("slowest opening", f"{tally.open_s:.3f} s"),
         ("slowest other call", f"{tally.call_s:.3f} s"),
         ("disk, most of its cap", f"{tally.disk_share:.1%} ({tally.disk_samples:,} samples)"),
-        ("memory, bytes an operation", slopes or "-"),
+        ("growth an operation", slopes or "not judged: too short"),
         ("findings", f"{len(tally.findings):,}"),
     ]
     width = max(len(name) for name, _ in rows)

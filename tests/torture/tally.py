@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 
 class ViolationError(AssertionError):
@@ -19,13 +19,22 @@ class Finding:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """How much something grows an operation, and the ends of the interval that the noise leaves."""
+
+    middle: float
+    low: float
+    high: float
+
+
 @dataclass(slots=True)
 class Tally:
     """Counts, which add up, and extremes, of which the worst is kept.
 
     open_s, call_s: the slowest opening of a store and the slowest other call, seconds. late: calls that took
-    longer than their deadline and one second. disk_share: the most bytes on the disk, of the cap. slopes: of
-    resident memory, bytes an operation, with their standard errors.
+    longer than their deadline and one second. disk_share: the most bytes on the disk, of the cap. slopes: of what
+    a soak has measured, by name; those of the last one.
     """
 
     cases: Counter[str] = field(default_factory=Counter)
@@ -48,7 +57,7 @@ class Tally:
     call_s: float = 0.0
     disk_share: float = 0.0
     disk_samples: int = 0
-    slopes: list[tuple[float, float]] = field(default_factory=list)
+    slopes: dict[str, Slope] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, other: Tally) -> None:
@@ -59,6 +68,8 @@ class Tally:
                 mine.update(theirs)
             elif isinstance(mine, list):
                 mine.extend(theirs)
+            elif isinstance(mine, dict):
+                mine.update(theirs)
             elif isinstance(mine, float):
                 setattr(self, entry.name, max(mine, theirs))
             else:
@@ -75,6 +86,7 @@ class Tally:
         for entry in fields(self):
             value = getattr(self, entry.name)
             table[entry.name] = dict(value) if isinstance(value, Counter) else value
+        table["slopes"] = {name: asdict(slope) for name, slope in self.slopes.items()}
         table["findings"] = [
             {"kind": f.kind, "seed": f.seed, "text": f.text} for f in self.findings
         ]
@@ -90,8 +102,8 @@ class Tally:
                 assert isinstance(value, dict)
                 own.update(value)
             elif entry.name == "slopes":
-                assert isinstance(value, list)
-                tally.slopes = [(float(slope), float(error)) for slope, error in value]
+                assert isinstance(value, dict)
+                tally.slopes = {name: Slope(**ends) for name, ends in value.items()}
             elif entry.name == "findings":
                 assert isinstance(value, list)
                 tally.findings = [Finding(**finding) for finding in value]
