@@ -21,5 +21,5 @@ def run(bench: Run) -> Iterator[Result]:
     OSError, TransferError: the disk fails.
     """
     yield from checksum_steps.rows(bench)
-    yield from checksum_store.rows(bench)
     yield from checksum_rates.rows(bench)
+    yield from checksum_store.rows(bench)
