@@ -29,7 +29,7 @@ def faults_fixture(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultOps]:
     def opened(*_: object) -> _core.IoEngine:
         return _core.IoEngine(EngineKind.THREADS, num_threads=3, faults=planned)
 
-    monkeypatch.setattr("tiermem.store._open_engine", opened)
+    monkeypatch.setattr("tiermem.guarded_io._open_engine", opened)
     yield planned
     planned.release()
 

@@ -259,7 +259,7 @@ def test_every_write_has_a_nonce_of_its_own(
         return real(self, key, first, second, tag)
 
     monkeypatch.setattr(StoreCipher, "_gcm", note)
-    monkeypatch.setattr("tiermem.store.time.time_ns", lambda: 12345)
+    monkeypatch.setattr("time.time_ns", lambda: 12345)
     size = LAYOUT.slot_bytes
     tight = replace(sealed, gpu=2 * size, ram=0, ssd=store_bytes(30))
     for turn in range(3):
@@ -490,8 +490,10 @@ def test_a_slice_that_is_not_authentic_is_not_served_though_its_checksum_fits(
         file.write(bytes([byte ^ 1]))
     forged = plain[0, : LAYOUT.layer_bytes].copy()
     forged[0] ^= 1
-    store._load_layer_sums(slots)
-    store._layer_sums[0][0] = _core.checksum_pages(rows(forged[None]), LAYOUT.layer_bytes, 1)[0, 0]
+    store._trailers.load(slots)
+    store._trailers.sums[0][0] = _core.checksum_pages(rows(forged[None]), LAYOUT.layer_bytes, 1)[
+        0, 0
+    ]
     back = np.zeros((1, LAYOUT.layer_bytes), dtype=np.uint8)
     reading = store.read_slices(slots, 0, rows(back))
     reading.wait()
@@ -514,8 +516,8 @@ def test_an_index_that_names_another_page_serves_nothing(
         slots = np.array(manager._core.table.slots(pages, Tier.SSD), dtype=np.int64)
     key = KEY if is_sealed else None
     store = ColdStore(tmp_path / "s", LAYOUT, store_bytes(20), "threads", 30.0, key=key)
-    store.take_stored()
-    store.publish(np.roll(slots, 1), names)  # each is said to be where another one is
+    store.index.take_stored()
+    store.index.publish(np.roll(slots, 1), names)  # each is said to be where another one is
     store.close()
     with TierManager(LAYOUT, chosen) as manager:
         sequence = manager.open_sequence(TOKENS)

@@ -193,7 +193,7 @@ def test_a_sync_that_hangs_has_a_deadline(
     manager = open_manager(tmp_path / "s", (8, 8, 16))
     grow(manager, manager.open_sequence(), 2 * PAGE)
     assert manager._store is not None
-    file, hanging = manager._store._file, HangingFile()
+    file, hanging = manager._store._file._file, HangingFile()
     monkeypatch.setattr(manager._store, "_sync_now", hanging.sync)
     with in_time(), pytest.raises(DeadlineError, match="making the SSD tier durable"):
         manager.flush()

@@ -88,7 +88,7 @@ class Writer:
         count = int(self.rng.integers(1, NUM_SLOTS // 2))
         slots = self.rng.permutation(NUM_SLOTS)[:count].astype(np.int64)
         old = [self.in_slot[slot].key for slot in slots.tolist() if slot in self.in_slot]
-        self.store.unpublish_keys(old, GoneReason.EVICTED)
+        self.store.index.unpublish_keys(old, GoneReason.EVICTED)
         for key in old:
             self.synced.pop(key, None)
         names = [PageName(self.rng.bytes(32), ROOT.hash, 0, ROOT, "chat") for _ in range(count)]
@@ -96,7 +96,7 @@ class Writer:
         for i, name in enumerate(names):
             pages[i * SLOT : (i + 1) * SLOT] = content(name.key)
         move(self.store.write(slots, at(pages), list(names)))
-        self.store.publish(slots, list(names))
+        self.store.index.publish(slots, list(names))
         self.in_slot.update(zip(slots.tolist(), names, strict=True))
         self.ever.update(name.key for name in names)
 
@@ -109,7 +109,7 @@ def check(path: Path, kept: dict[bytes, int], ever: set[bytes]) -> tuple[int, in
     """Open a store after power was lost; how many pages are there, and how many entries were outdated."""
     store = ColdStore(path, LAYOUT, CAP, "threads", 30.0)
     try:
-        stored = store.take_stored()
+        stored = store.index.take_stored()
         if len(stored.slots) == 0:
             assert not kept
             return 0, 0
@@ -180,15 +180,15 @@ def test_entries_become_durable_without_being_asked(
     writer = Writer(store, np.random.default_rng(2))
     writer.write_some()
     store.poll()
-    assert store._index.num_pending > 0  # neither old nor many
+    assert store.index.num_pending > 0  # neither old nor many
     monkeypatch.setattr("tiermem.store.SYNC_S", 0.0)
     store.poll()
-    assert store._index.num_pending == 0
+    assert store.index.num_pending == 0
     monkeypatch.setattr("tiermem.store.SYNC_S", 1e9)
     monkeypatch.setattr("tiermem.store.SYNC_RECORDS", 1)
     writer.write_some()
     store.poll()
-    assert store._index.num_pending == 0
+    assert store.index.num_pending == 0
     saved = Files.of(tmp_path / "s")
     kept = {name.key: slot for slot, name in writer.in_slot.items()}
     shutil.copytree(tmp_path / "s", tmp_path / "copy")

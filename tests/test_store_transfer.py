@@ -81,7 +81,7 @@ def test_random_pages_come_back_to_where_they_are_wanted(
 ) -> None:
     stored: dict[int, bytes] = {}
     source, target = random_memory(rng, NUM_SLOTS * SLOT), memory(NUM_SLOTS * SLOT)
-    registered = store.register_memory(source.ctypes.data, source.size)
+    registered = store.engine.register_memory(source.ctypes.data, source.size)
     assert registered == 0 or store.io_kind.startswith("io_uring")
     for _ in range(6):
         source[:] = rng.integers(0, 256, source.size, dtype=np.uint8)
@@ -98,7 +98,7 @@ def test_random_pages_come_back_to_where_they_are_wanted(
             assert target[i * SLOT :][:SLOT].tobytes() == stored[slot]
         assert np.all(target[len(wanted) * SLOT :] == POISON)
         if rng.integers(3) == 0:
-            store.unregister_memory()
+            store.engine.unregister_memory()
     assert store.num_corrupt == 0
 
 
@@ -167,10 +167,10 @@ def test_a_store_that_was_written_in_parts_opens_again(
     names = [PageName(rng.bytes(32), rng.bytes(32), i) for i in range(10)]
     store = ColdStore(tmp_path / "s", LAYOUT, CAP, "auto", 30.0)
     move(store.write(slots, at(pages), list(names)))
-    store.publish(slots, list(names))
+    store.index.publish(slots, list(names))
     store.close()
     store = ColdStore(tmp_path / "s", LAYOUT, CAP, "threads", 30.0)
-    stored = store.take_stored()
+    stored = store.index.take_stored()
     by_key = {bytes(k): int(s) for k, s in zip(stored.keys, stored.slots, strict=True)}
     assert by_key == {name.key: int(slot) for name, slot in zip(names, slots, strict=True)}
     target = memory(10 * SLOT)
@@ -201,7 +201,7 @@ def faulty_fixture(
         piece = SLOT + TRAILER_BYTES
         return _core.IoEngine(options.kind, num_threads=1, piece_bytes=piece, faults=faults)
 
-    monkeypatch.setattr("tiermem.store.open_engine", opened)
+    monkeypatch.setattr("tiermem.guarded_io.open_engine", opened)
     way = DiskOptions(EngineKind.THREADS, 1 << 20, 1)
     store = ColdStore(tmp_path / "s", LAYOUT, CAP, "auto", 2.0, way)
     yield store
@@ -220,7 +220,7 @@ def test_an_error_is_told_when_no_part_uses_its_memory(
         move(transfer)
     with pytest.raises(TransferError, match="Input/output error"):
         transfer.poll()
-    assert faulty._engine.counters().in_flight == 0
+    assert faulty.engine.counters().in_flight == 0
     assert not faulty.verify(transfer).any() or call > 3
 
 
@@ -255,7 +255,7 @@ def test_a_part_is_checked_before_the_next_arrives(
 
 def test_a_deadline_passes_while_a_part_hangs(faulty: ColdStore, faults: FaultOps) -> None:
     pages = memory(6 * SLOT)
-    faulty.timeout_s = 0.2
+    faulty._file.timeout_s = 0.2
     faults.hold(FileCall.READ, first=4)
     transfer = faulty.read(np.arange(6, dtype=np.int64), at(pages))
     with pytest.raises(TransferError, match=r"io_timeout_s=0\.2"):
@@ -278,7 +278,7 @@ def test_a_failed_slice_is_told_after_all_parts(faulty: ColdStore, faults: Fault
     faults.fail(FileCall.READ, first=faults.num_calls(FileCall.READ) + 2, error=errno.EIO)
     with pytest.raises(TransferError, match="Input/output error"):
         read_slices(faulty, every, 1, at(pages))
-    assert faulty._engine.counters().in_flight == 0
+    assert faulty.engine.counters().in_flight == 0
 
 
 class BrokenEngine:
@@ -308,9 +308,9 @@ def test_an_engine_that_broke_down_fails_transfers(
 ) -> None:
     pages = memory(9 * SLOT)
     every = np.arange(9, dtype=np.int64)
-    real = faulty._engine
+    real = faulty.engine
     for start in (faulty.read, lambda s, a: faulty.write(s, a, [None] * 9)):
-        monkeypatch.setattr(faulty, "_engine", BrokenEngine(real, most))
+        monkeypatch.setattr(faulty._file, "_engine", BrokenEngine(real, most))
         transfer = start(every, at(pages))
         with pytest.raises(TransferError, match="broke down"):
             move(transfer)
@@ -320,10 +320,10 @@ def test_an_engine_that_broke_down_fails_transfers(
         lambda: faulty.write_slices(every, 1, at(pages)),
         lambda: faulty.finish_slices(every, [None] * 9, np.zeros((9, 3), dtype=np.uint64)),
     ):
-        monkeypatch.setattr(faulty, "_engine", BrokenEngine(real, 0))
+        monkeypatch.setattr(faulty._file, "_engine", BrokenEngine(real, 0))
         with pytest.raises(TransferError, match="broke down"):
             call()
-    monkeypatch.setattr(faulty, "_engine", real)
+    monkeypatch.setattr(faulty._file, "_engine", real)
 
 
 def test_what_was_measured_and_cannot_be_had_is_passed_over(
@@ -332,7 +332,7 @@ def test_what_was_measured_and_cannot_be_had_is_passed_over(
     def refused(options: DiskOptions) -> _core.IoEngine:
         raise PermissionError(errno.EPERM, "the kernel refuses io_uring")
 
-    monkeypatch.setattr("tiermem.store.open_engine", refused)
+    monkeypatch.setattr("tiermem.guarded_io.open_engine", refused)
     way = DiskOptions(EngineKind.IO_URING, 1 << 20, 64)
     with caplog.at_level("WARNING"):
         store = ColdStore(tmp_path / "s", LAYOUT, CAP, "threads", 30.0, way)
@@ -362,27 +362,27 @@ class RefusingEngine:
 def test_the_limit_of_locked_memory_is_told_and_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tiermem.store.REGISTER_BYTES", 100)
+    monkeypatch.setattr("tiermem.guarded_io.REGISTER_BYTES", 100)
     store = ColdStore(tmp_path / "s", LAYOUT, CAP, "auto", 30.0)
-    real, engine = store._engine, RefusingEngine(250)
-    monkeypatch.setattr(store, "_engine", engine)
+    real, engine = store.engine._engine, RefusingEngine(250)
+    monkeypatch.setattr(store.engine, "_engine", engine)
     with caplog.at_level("INFO"):
-        assert store.register_memory(1000, 500) == 250
+        assert store.engine.register_memory(1000, 500) == 250
     assert "250 of 500 bytes of pinned memory registered (Cannot allocate memory)" in caplog.text
     assert engine.ranges == {(1000, 100), (1100, 100), (1200, 50)}
-    store.unregister_memory()
+    store.engine.unregister_memory()
     assert engine.ranges == set()
-    monkeypatch.setattr(store, "_engine", real)
+    monkeypatch.setattr(store.engine, "_engine", real)
     store.close()
 
 
 def test_a_start_does_not_wait_for_registering(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tiermem.store.REGISTER_S", 0.0)
+    monkeypatch.setattr("tiermem.guarded_io.REGISTER_S", 0.0)
     store = ColdStore(tmp_path / "s", LAYOUT, CAP, "auto", 30.0)
     pages = memory(SLOT)
-    assert store.register_memory(pages.ctypes.data, SLOT) == 0
+    assert store.engine.register_memory(pages.ctypes.data, SLOT) == 0
     store.close()
 
 

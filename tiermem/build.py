@@ -120,7 +120,7 @@ def build_core(
         # Staging first: everything between GPU and SSD goes through it.
         warm = [warm_pool.memory] if warm_pool is not None else []
         for memory in [*mover.staging, *ring.staging, *warm]:
-            store.register_memory(memory.address, memory.num_bytes)
+            store.engine.register_memory(memory.address, memory.num_bytes)
     hot = PoolView(
         hot_pool.memory.tensor.view(TORCH_DTYPES[layout.dtype]),
         layout,

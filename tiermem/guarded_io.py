@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import errno
+import logging
+import os
+import time
 from typing import Protocol
 
 from tiermem import _core
 from tiermem.breaker import Breaker, Use
+from tiermem.disk_rates import DiskOptions, open_engine
 from tiermem.errors import TransferError
+
+log = logging.getLogger("tiermem")
 
 NO_FAULT = (errno.ECANCELED, errno.ENOSPC, errno.EDQUOT)
 """Errors that say nothing against a disk; one that is full is looked after by `disk_budget`."""
+
+REGISTER_BYTES = 1 << 30
+"""Of memory registered with io_uring at once: what the kernel takes."""
+REGISTER_S = 1.0
+"""Registering saves a little of every transfer; a start must not wait for it. 2 GiB of huge pages took 36 ms."""
+
+ENGINE_KINDS = {
+    "auto": _core.EngineKind.AUTO,
+    "uring": _core.EngineKind.IO_URING,
+    "threads": _core.EngineKind.THREADS,
+}
 
 
 class LateWork(Protocol):
@@ -29,6 +46,7 @@ class GuardedEngine:
         self.breaker = breaker
         self._engine = engine
         self._uses: dict[int, Use] = {}
+        self._registered: list[tuple[int, int]] = []
         self._late: list[LateWork] = []
 
     @property
@@ -79,13 +97,34 @@ class GuardedEngine:
         """As the engine's."""
         return self._engine.counters()
 
-    def register_memory(self, address: int, num_bytes: int) -> tuple[int, int]:
-        """As the engine's."""
-        return self._engine.register_memory(address, num_bytes)
+    def register_memory(self, address: int, num_bytes: int) -> int:
+        """Let the kernel pin memory that pages are often moved from and to once, not for every transfer.
 
-    def unregister_memory(self, address: int, num_bytes: int) -> None:
-        """As the engine's."""
-        self._engine.unregister_memory(address, num_bytes)
+        It must stay mapped until `unregister_memory` or `close`. Returns how many bytes from `address` on it
+        is: pages move as well without. Fewer where the kernel or the limit of locked memory refuses, where
+        it would take longer than REGISTER_S, and none without io_uring.
+        """
+        start_s = time.monotonic()
+        done = error = 0
+        while done < num_bytes and not error and time.monotonic() < start_s + REGISTER_S:
+            piece = min(REGISTER_BYTES, num_bytes - done)
+            registered, error = self._engine.register_memory(address + done, piece)
+            if registered == 0:
+                break
+            self._registered.append((address + done, registered))
+            done += registered
+        if error:
+            log.info(
+                "io_uring: %d of %d bytes of pinned memory registered (%s)",
+                done, num_bytes, os.strerror(error),
+            )  # fmt: skip
+        return done
+
+    def unregister_memory(self) -> None:
+        """Undo every `register_memory`, before the memory is given back; nothing may be in flight there."""
+        for address, num_bytes in self._registered:
+            self._engine.unregister_memory(address, num_bytes)
+        self._registered.clear()
 
     def close(self, timeout_s: float) -> bool:
         """As the engine's; where something is late it is not waited for again."""
@@ -117,3 +156,18 @@ def _has_ended(transfer: LateWork) -> bool:
         return transfer.poll()
     except TransferError:
         return True
+
+
+def open_guarded(name: str, options: DiskOptions | None, breaker: Breaker) -> GuardedEngine:
+    """The engine that was measured as `options`; without them, or where it cannot be had, the one of this name."""
+    return GuardedEngine(_open_engine(ENGINE_KINDS[name], options), breaker)
+
+
+def _open_engine(kind: _core.EngineKind, options: DiskOptions | None) -> _core.IoEngine:
+    if options is None:
+        return _core.IoEngine(kind)
+    try:
+        return open_engine(options)
+    except OSError as error:
+        log.warning("%s was measured, but cannot be had now (%s)", options, error)
+        return _core.IoEngine(kind)

@@ -84,7 +84,7 @@ class Prefixes:
         """These pages, called so, are used by one more sequence that did not compute them."""
         self.note_use(pages)
         if self._store is not None:
-            self._store.note_hits(keys)
+            self._store.index.note_hits(keys)
 
     # ---- publishing --------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class Prefixes:
         """
         if tier == Tier.SSD and self._store is not None and len(dropped):
             keys = [name.key for name in self.names_of(dropped) if name]
-            self._store.unpublish_keys(keys, GoneReason.EVICTED)
+            self._store.index.unpublish_keys(keys, GoneReason.EVICTED)
         self.forget(dead)
 
     def forget(self, ids: Ids) -> None:
@@ -158,7 +158,7 @@ class Prefixes:
     # ---- a store that is opened again --------------------------------------------------------------
 
     def _adopt(self, store: ColdStore) -> None:
-        stored = store.take_stored()
+        stored = store.index.take_stored()
         ids = self._table.create_stored(Tier.SSD, stored.slots)
         self._reserve(ids)
         rises = np.diff(stored.last_use_s, prepend=stored.last_use_s[:1]) > 0  # they ascend
@@ -207,7 +207,9 @@ class Prefixes:
     def _unpublish(self, ids: Ids, keys: NDArray[np.uint8]) -> None:
         """Pages that can no longer be found, called `keys`, lose their entry in the store, then their name."""
         if self._store is not None:
-            self._store.unpublish_keys((key.tobytes() for key in keys), GoneReason.UNREACHABLE)
+            self._store.index.unpublish_keys(
+                (key.tobytes() for key in keys), GoneReason.UNREACHABLE
+            )
         self._table.unpublish(ids[self._table.is_published(ids)])
 
 

@@ -52,7 +52,7 @@ def _write_from(core: Core, src: Tier, pages: Ids) -> None:
 def _name_stored(core: Core, store: ColdStore, pages: Ids) -> None:
     """Pages that were spilled before they had a name get it."""
     slots = core.table.slots(pages, Tier.SSD)
-    unnamed = ~store.is_published(slots)
+    unnamed = ~store.index.is_published(slots)
     if unnamed.any():
         names = core.prefixes.names_of(pages[unnamed])
         good = store.rename(slots[unnamed], [name for name in names if name is not None])

@@ -92,7 +92,7 @@ class Quarantine:
         ids = ids[self._table.pins(ids, tier) == 0]
         if tier == Tier.SSD and self._store is not None:
             keys = [name.key for name in self._names.names_of(ids) if name is not None]
-            self._store.unpublish_keys(keys, GoneReason.QUARANTINED)
+            self._store.index.unpublish_keys(keys, GoneReason.QUARANTINED)
         self._table.discard(ids, tier)
         alive = self._table.alive(ids)
         lost = ids[alive][self._table.is_lost(ids[alive])]

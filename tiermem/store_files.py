@@ -39,12 +39,12 @@ STARTED = {"lock", "header.json.new"}
 
 def slots_within(layout: PageLayout, cap_bytes: int) -> int:
     """How many slots of `layout` a store that takes at most `cap_bytes` may have."""
-    return (cap_bytes - INDEX_BYTES) // (_stride(layout) + INDEX_BYTES_PER_SLOT)
+    return (cap_bytes - INDEX_BYTES) // (stride_of(layout) + INDEX_BYTES_PER_SLOT)
 
 
 def cap_of(layout: PageLayout, num_slots: int) -> int:
     """The most bytes that a store of `num_slots` slots takes, all its files together; 0 for none."""
-    return num_slots and INDEX_BYTES + num_slots * (_stride(layout) + INDEX_BYTES_PER_SLOT)
+    return num_slots and INDEX_BYTES + num_slots * (stride_of(layout) + INDEX_BYTES_PER_SLOT)
 
 
 def index_bytes(num_slots: int) -> int:
@@ -57,11 +57,12 @@ def num_slots_there(path: Path, layout: PageLayout) -> int:
     with contextlib.suppress(OSError):
         info = (path / "slots").lstat()
         if stat.S_ISREG(info.st_mode):
-            return info.st_size // _stride(layout)
+            return info.st_size // stride_of(layout)
     return 0
 
 
-def _stride(layout: PageLayout) -> int:
+def stride_of(layout: PageLayout) -> int:
+    """Bytes of one slot with its trailer."""
     return layout.slot_bytes + TRAILER_BYTES
 
 

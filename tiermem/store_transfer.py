@@ -83,6 +83,12 @@ class StoreTransfer:
         """For benchmarks: compare nothing from now on. What was not compared never counts as intact."""
         self._check = None
 
+    @property
+    def trailers(self) -> NDArray[np.uint8]:
+        """The trailers of whole pages, (pages, 4096), where they lie; those of ended parts, of a read."""
+        assert self.tails is not None
+        return np.frombuffer(self.tails, dtype=np.uint8).reshape(-1, TRAILER_BYTES)
+
     def refuse(self, error: TransferError) -> None:
         """What was to be submitted cannot be: the transfer fails, once the parts before have ended."""
         self._error = self._error or error
@@ -146,26 +152,6 @@ class StoreTransfer:
         return True
 
 
-def run(
-    engine: GuardedEngine,
-    timeout_s: float,
-    tails: mmap.mmap,
-    submit: Callable[..., int],
-    *operations: object,
-) -> None:
-    """Submit operations on `tails` and wait for the end.
-
-    Raises
-    ------
-    TransferError: they failed. DeadlineError: they go on; `tails` stays as long as they do.
-    """
-    nothing = np.empty(0, dtype=np.int64)
-    transfer = StoreTransfer(engine, nothing, nothing, tails, timeout_s)
-    transfer.start_part(submit, operations, nothing)
-    transfer.wait()
-    transfer.poll()
-
-
 def too_late(timeout_s: float) -> DeadlineError:
     """What is raised at a deadline."""
     return DeadlineError(f"the SSD tier did not answer within io_timeout_s={timeout_s:g}")
@@ -179,14 +165,3 @@ def roots_of(sums: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """One checksum over those of the layers, for each row."""
     rows = np.ascontiguousarray(sums)
     return _core.checksum_slices(rows.ctypes.data, rows.shape[1] * rows.itemsize, len(rows))
-
-
-def tail_rows(tails: mmap.mmap) -> NDArray[np.uint8]:
-    """The trailers, (pages, 4096)."""
-    return np.frombuffer(tails, dtype=np.uint8).reshape(-1, TRAILER_BYTES)
-
-
-def tail_addresses(tails: mmap.mmap) -> Int64s:
-    """Where each trailer lies."""
-    base = np.frombuffer(tails, dtype=np.uint8).ctypes.data
-    return base + np.arange(len(tails) // TRAILER_BYTES, dtype=np.int64) * TRAILER_BYTES

@@ -366,7 +366,7 @@ class Mover:
             # and still stands enters the index.
             now = self._names.names_of(ids)
             same = [name if name == then else None for name, then in zip(now, names, strict=True)]
-            self._cold.publish(slots, same)
+            self._cold.index.publish(slots, same)
             return []
 
         return Stages(writing, None, publish)

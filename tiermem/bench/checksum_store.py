@@ -68,7 +68,7 @@ def rows(bench: Run) -> Iterator[Result]:
             store = ColdStore(path / "store", layout, cap_bytes, "auto", TIMEOUT_S, options)
             note = str(options) if options else store.io_kind
             try:
-                store.register_memory(memory.address, memory.num_bytes)
+                store.engine.register_memory(memory.address, memory.num_bytes)
                 field = _Field(bench, layout, memory, store)
                 # the first write meets extents that were never written, and does not count
                 yield writes.measured(bench, field.written(), note)

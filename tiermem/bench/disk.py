@@ -110,7 +110,7 @@ class _StoreRows:
         store = ColdStore(path, layout, cap_bytes, "auto", TIMEOUT_S, self._options, key=self._key)
         note = str(self._options) if self._options else store.io_kind
         try:
-            store.register_memory(self._memory.address, self._memory.num_bytes)
+            store.engine.register_memory(self._memory.address, self._memory.num_bytes)
             _fill(self._memory, layout.num_layers)
             self._bench.progress(f"disk: writing pages of {layout.slot_bytes >> 10} KiB")
             # the run before those that count meets extents that were never written
