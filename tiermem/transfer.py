@@ -23,7 +23,7 @@ from tiermem.inflight import InFlight
 from tiermem.lanes import make_lanes
 from tiermem.layout import PageLayout
 from tiermem.meter import Meter
-from tiermem.page_sums import Damage, PageSums, Sums
+from tiermem.page_sums import Check, Damage, PageSums, Sums
 from tiermem.poison import Poison
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier, as_ids
 from tiermem.probe import start_probe
@@ -308,10 +308,11 @@ class Mover:
         if src == Tier.SSD:
             reading = self._cold.read(there, target)
             return Stages(reading, None, partial(self._settle_read, reading, ids, dst, slots))
-        copied = self._copy(target, self._pools[src].addresses(there), src)
+        source = self._pools[src].addresses(there)
         if dst == Tier.GPU:
             rows, sums = self.sums.rows(src, there), self.sums.of(src, there)
-            return self._start_check(copied, ids, src, there, slots, rows, sums)
+            return self._start_checked(source, ids, src, there, slots, rows, sums)
+        copied = self._copy(target, source, src)
 
         def settle() -> list[Damage]:
             self.sums.put(dst, slots, self.sums.of(src, there))
@@ -331,9 +332,9 @@ class Mover:
         bad = np.flatnonzero(~self._cold.verify(reading))
         return [Damage(Tier.SSD, int(ids[i]), int(reading.slots[i]), None) for i in bad]
 
-    def _start_check(
+    def _start_checked(
         self,
-        copied: Event,
+        source: Addresses,
         ids: Ids,
         src: Tier,
         there: Slots,
@@ -341,21 +342,32 @@ class Mover:
         rows: Addresses,
         sums: Sums,
     ) -> Stages:
-        """Compare pages that were copied to `slots` of the hot tier with `sums`, which lie in `rows`.
+        """Copy pages to `slots` of the hot tier, and compare them there with `sums`, which lie in `rows`.
 
-        On a stream of its own, beside the next copies.
+        The comparisons run on a stream of their own, beside the next copies. `src` and `there` are for reports.
         """
         tiers = np.full(len(ids), src, dtype=np.int64)
         target = self._pools[Tier.GPU].addresses(slots)
         check = self.sums.check(target, rows, ids, tiers, there, sums)
-        self.checks.wait_event(copied)
-        self.sums.verify(check, self.sums.every_layer, self.checks)
+        copied = self._copy(target, source, Tier.RAM)
 
         def settle() -> list[Damage]:
             self.sums.put(Tier.GPU, slots, sums)
             return check.damages()
 
-        return Stages(self.checks.record(), None, settle)
+        try:
+            self.checks.wait_event(copied)
+            self.sums.verify(check, self.sums.every_layer, self.checks)
+            return Stages(self.checks.record(), None, settle)
+        except (
+            TransferError
+        ) as error:  # the copy goes on: until it has ended, the slots are not given back
+            return Stages(copied, None, partial(self._fail_checked, check, error))
+
+    def _fail_checked(self, check: Check, error: TransferError) -> list[Damage]:  # noqa: ARG002
+        """Pages could not be compared: raises `error`, once nothing can use the `check` any more."""
+        self.checks.synchronize()
+        raise error
 
     def _start_write(self, ids: Ids, slots: Slots, addresses: Addresses, sums: Sums) -> Stages:
         names = self._names.names_of(ids)
@@ -386,7 +398,7 @@ class Mover:
                 raise
             now, ids = ids[: len(lane.free)], ids[len(lane.free) :]
             staged = lane.take(len(now))
-            begin = partial(self._start_staged, now, src, dst, lane.pool.addresses(staged))
+            begin = partial(self._start_staged, now, src, lane.pool.addresses(staged))
             try:
                 started.append(self._start(now, src, dst, begin, partial(lane.give_back, staged)))
             except TransferError:
@@ -394,9 +406,7 @@ class Mover:
                 raise
         return started
 
-    def _start_staged(
-        self, ids: Ids, src: Tier, dst: Tier, buffers: Addresses, slots: Slots
-    ) -> Stages:
+    def _start_staged(self, ids: Ids, src: Tier, buffers: Addresses, slots: Slots) -> Stages:
         there = self.table.slots(ids, src)
         if src == Tier.GPU:
             writes: list[Stages] = []
@@ -416,11 +426,10 @@ class Mover:
 
         def upload() -> Running:
             damaged.append(self._damages_of(reading, ids))
-            copied = self._copy(self._pools[dst].addresses(slots), buffers, Tier.RAM)
             sums, rows = self.sums.new_rows(len(ids))
             sums[:] = reading.sums
             # What the SSD gave was right where the CPU looked at it, in pinned RAM.
-            uploads.append(self._start_check(copied, ids, Tier.RAM, there, slots, rows, sums))
+            uploads.append(self._start_checked(buffers, ids, Tier.RAM, there, slots, rows, sums))
             return uploads[0].running
 
         def settle() -> list[Damage]:
