@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from liveness_support import PAGE, check_content, grow, open_manager
+import torch
+from liveness_support import PAGE, check_content, grow, open_manager, tokens_of
+from world import LAYOUT, kv_of
 
 from tiermem import TierManager, TransferError
 from tiermem._core import Tier
+from tiermem.device.cpu import CpuDevice
+from tiermem.device.protocol import Device
 from tiermem.device.simulated import SimulatedDevice
 
 
@@ -81,4 +91,108 @@ def test_slots_that_a_copy_still_writes_are_not_given_back(
         manager.check()
         check_content(sequence)
         grow(manager, sequence, PAGE)
+        check_content(sequence)
+
+
+# ---- a device that refuses ---------------------------------------------------------------------------
+
+
+@contextmanager
+def refusing(device: Device, name: str) -> Iterator[None]:
+    """The next call of this method of the device is refused."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(*_: object) -> None:
+            patch.undo()
+            raise TransferError("refused")
+
+        patch.setattr(device, name, refuse)
+        yield
+
+
+@pytest.mark.parametrize("start", [0, 5, PAGE])
+@pytest.mark.parametrize("slots", [(8, 8, 0), (2, 8, 0)], ids=["hot", "through"])
+def test_a_step_whose_pages_cannot_be_summed_is_undone(
+    start: int, slots: tuple[int, int, int]
+) -> None:
+    device = CpuDevice()
+    with open_manager(None, slots, device) as manager:
+        sequence = manager.open_sequence()
+        if start:
+            grow(manager, sequence, start)
+        pages = sequence.pages.copy()
+        with refusing(device, "sum_slices"), pytest.raises(TransferError, match="refused"):
+            grow(manager, sequence, 2 * PAGE)
+        assert sequence.num_tokens == start
+        assert np.array_equal(sequence.pages, pages)
+        manager.check()
+        check_content(sequence)
+        grow(manager, sequence, 2 * PAGE)
+        sequence.suspend()
+        grow(manager, sequence, 1)
+        check_content(sequence)
+
+
+def test_a_page_that_cannot_be_summed_stays_open() -> None:
+    device = CpuDevice()
+    with open_manager(None, (8, 8, 0), device) as manager:
+        sequence = manager.open_sequence()
+        grow(manager, sequence, 5)
+        with refusing(device, "sum_slices"), pytest.raises(TransferError, match="refused"):
+            sequence.suspend()
+        check_content(sequence)
+        sequence.suspend()
+        grow(manager, sequence, 5)
+        check_content(sequence)
+
+
+# ---- what a step uses --------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """Raised in the body of a step."""
+
+
+@pytest.mark.parametrize("slots", [(3, 12, 0), (2, 12, 0), (2, 0, 20)])
+def test_a_step_that_is_undone_late_keeps_what_the_device_still_reads(
+    tmp_path: Path, slots: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums that slices are compared with, and sums of pages that are written through."""
+    monkeypatch.setattr(
+        logging.getLogger("tiermem"), "disabled", True
+    )  # pytest keeps what is logged
+    device = SimulatedDevice(3, eagerness=0.0)
+    with open_manager(
+        tmp_path / "s" if slots[2] else None, slots, device, io_timeout_s=30.0
+    ) as manager:
+        sequence = manager.open_sequence()
+        for _ in range(6):
+            grow(manager, sequence, PAGE)
+        device.run_all()
+        used: list[weakref.ref[torch.Tensor]] = []
+
+        def fail() -> None:
+            with manager.step([sequence], 3 * PAGE) as step:
+                tokens = np.array(tokens_of(0, 9 * PAGE)[6 * PAGE :])
+                step.append(0, *kv_of(b"", tokens, 6 * PAGE, 0))
+                step.attend(0, torch.ones(3 * PAGE, 1, LAYOUT.head_dim))
+                loads = [chunk.load for chunk in step._chunks if chunk.load is not None]
+                used.extend(weakref.ref(load.check.slices.rows) for load in loads)
+                born = step._through._born.values()
+                used.extend(weakref.ref(slices.rows) for slices, _ in born)
+                device.hang()
+                raise Failure
+
+        with pytest.raises(Failure):
+            fail()
+        gc.collect()
+        assert manager._core.in_flight.num_late == 1
+        assert used
+        assert all(reference() is not None for reference in used)
+        device.resume()
+        manager._core.in_flight.reap()
+        device.run_all()
+        manager.poll()
+        gc.collect()
+        assert all(reference() is None for reference in used)
         check_content(sequence)

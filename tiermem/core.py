@@ -88,11 +88,16 @@ class Core:
         """Seal pages; the compute stream sums those in the hot tier, where it has written them.
 
         What is returned must be kept, and the copies pinned, until the stream has come so far.
+
+        Raises
+        ------
+        TransferError: the device refuses to sum them; they are not sealed.
         """
         if len(ids) == 0:
             return None
+        slices = self.mover.sums.begin(ids[self.table.states(ids, Tier.GPU) == VALID])
         self.table.seal(ids)
-        return self.mover.sums.begin(ids[self.table.states(ids, Tier.GPU) == VALID])
+        return slices
 
     def seal_between_steps(self, ids: Ids, written: Event | None) -> None:
         """Seal hot pages that no step is writing, behind the step that has written them last."""

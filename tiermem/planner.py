@@ -38,13 +38,15 @@ def make_plan(core: Core, sequences: list[Sequence], new_tokens: list[int]) -> P
     return plan
 
 
-def undo(core: Core, plan: Plan) -> None:
+def undo(core: Core, plan: Plan, *used: object) -> None:
     """Let go of all that the plan of a failed step holds, once nothing can write there any more.
 
-    Where that misses its deadline, it happens when it is over.
+    Where that misses its deadline, it happens when it is over. What the device uses besides is kept as long.
     """
+    kept = list(used)
 
     def release() -> None:
+        kept.clear()
         plan.release_pins(core)
         plan.discard_created(core)
 

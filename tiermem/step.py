@@ -405,12 +405,13 @@ class Step:
         self._through.commit(self._chunks)
         fulls, full_pages = [], [as_ids([])]
         for share in plan.shares:
-            share.sequence.advance(share.pages, share.new_tokens)
-            fulls.append(share.sequence.num_tokens // core.layout.page_tokens)
+            fulls.append((share.past_tokens + share.new_tokens) // core.layout.page_tokens)
             if fulls[-1] > share.first_written:
                 written = share.pages[share.first_written : fulls[-1]]
                 full_pages.append(written[~core.table.is_sealed(written)])
-        plan.born = core.seal(np.concatenate(full_pages))
+        plan.born = core.seal(np.concatenate(full_pages))  # the last that may be refused
+        for share in plan.shares:
+            share.sequence.advance(share.pages, share.new_tokens)
         plan.created.clear()
         if not core.room.is_short(Tier.GPU):
             for share, full in zip(plan.shares, fulls, strict=True):
@@ -434,7 +435,7 @@ class Step:
             return
         with contextlib.suppress(TransferError):  # the step has failed already
             self._settle_ram()
-        undo(core, plan)
+        undo(core, plan, self._chunks, self._through)
         if core.mover.quarantine.is_waiting:
             core.in_flight.drain()  # steps that ended before may still hold the same copies
             core.drop_damaged()
