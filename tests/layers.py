@@ -43,6 +43,7 @@ LAYERS = {
     "forecast": ["tiermem.forecast"],
     "pools": ["tiermem.pools"],
     "store": [
+        "tiermem.backoff",
         "tiermem.breaker",
         "tiermem.cipher",
         "tiermem.cipher_key",
@@ -58,6 +59,7 @@ LAYERS = {
         "tiermem.store_chains",
         "tiermem.store_check",
         "tiermem.store_collect",
+        "tiermem.store_commits",
         "tiermem.store_content",
         "tiermem.store_files",
         "tiermem.store_format",

@@ -181,11 +181,11 @@ def test_entries_become_durable_without_being_asked(
     writer.write_some()
     store.poll()
     assert store.index.num_pending > 0  # neither old nor many
-    monkeypatch.setattr("tiermem.store.SYNC_S", 0.0)
+    monkeypatch.setattr("tiermem.store_commits.SYNC_S", 0.0)
     store.poll()
     assert store.index.num_pending == 0
-    monkeypatch.setattr("tiermem.store.SYNC_S", 1e9)
-    monkeypatch.setattr("tiermem.store.SYNC_RECORDS", 1)
+    monkeypatch.setattr("tiermem.store_commits.SYNC_S", 1e9)
+    monkeypatch.setattr("tiermem.store_commits.SYNC_RECORDS", 1)
     writer.write_some()
     store.poll()
     assert store.index.num_pending == 0

@@ -15,10 +15,7 @@ the checksums, whenever it is read. So an entry that is outdated after a crash i
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,18 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiermem import _core
-from tiermem.breaker import Breaker, Use
+from tiermem.breaker import Breaker
 from tiermem.cipher import CIPHER_NAME
 from tiermem.cipher_key import SecretKey
 from tiermem.disk_budget import DiskGuard, DiskLimits
 from tiermem.disk_rates import DiskOptions
-from tiermem.errors import ConfigError, DeadlineError, TransferError
+from tiermem.errors import ConfigError, TransferError
 from tiermem.guarded_io import open_guarded
 from tiermem.index_image import INDEX_FILE, read_index
 from tiermem.layout import PageLayout
-from tiermem.patience import PatientCall
 from tiermem.slot_file import SlotFile
 from tiermem.slot_trailers import SlotTrailers
+from tiermem.store_commits import Commits
 from tiermem.store_files import (
     INDEX_BYTES,
     INDEX_BYTES_PER_SLOT,
@@ -55,12 +52,6 @@ from tiermem.store_transfer import Int64s, StoreTransfer, parts_of
 from tiermem.vault import Vault
 
 __all__ = ["INDEX_BYTES", "INDEX_BYTES_PER_SLOT", "ColdStore", "StoreTransfer", "StoredPages"]
-
-log = logging.getLogger("tiermem")
-
-SYNC_S = 1.0
-SYNC_RECORDS = 4096
-"""Entries and deletions become durable when the oldest is so many seconds old, or when there are so many."""
 
 
 class ColdStore:
@@ -127,10 +118,9 @@ class ColdStore:
             raise
         self._trailers = SlotTrailers(layout, self._file, self.index, self._vault)
         self._timeout_s = timeout_s
-        self._synced_s = time.monotonic()
+        self._commits = Commits(self._file.sync, self.index, self.engine, timeout_s)
         self.num_corrupt = 0
         self._is_idle = False
-        self._syncing: PatientCall | None = None
 
     # ---- whole pages -------------------------------------------------------------------------------
 
@@ -254,34 +244,14 @@ class ColdStore:
         ------
         TransferError: the disk or the index refused. DeadlineError: it is not over `timeout_s` from now.
         """
-        if self.num_late:
-            raise TransferError(errno.EIO, self.breaker.describe())
-        call = self._syncing = PatientCall(self._sync_now, "making the SSD tier durable")
-        try:
-            call.wait(self._timeout_s)
-        except DeadlineError as error:
-            self.engine.keep_late(call, str(error))
-            raise
-        self._synced_s = time.monotonic()
+        self._commits.sync()
 
     def poll(self) -> None:
         """Make what was published and deleted durable when it is enough or old enough; now and then, a few ms.
 
-        What cannot be made durable now is logged, and tried again.
+        What cannot be made durable now is logged, and tried again after a pause that grows.
         """
-        if not self.breaker.allows(Use.WRITE):
-            return
-        since_s = time.monotonic() - self._synced_s
-        if since_s < SYNC_S and self.index.num_pending < SYNC_RECORDS:
-            return
-        if self.index.num_pending == 0:
-            self._synced_s = time.monotonic()
-            return
-        try:
-            self.sync()
-        except TransferError as error:
-            self._synced_s = time.monotonic()
-            log.error("%s", error)
+        self._commits.poll()
 
     # ---- its state ---------------------------------------------------------------------------------
 
@@ -337,7 +307,7 @@ class ColdStore:
         finally:
             self.guard.close()
             is_idle = self.stop()
-            if self._syncing is None or self._syncing.poll():
+            if self._commits.is_idle:
                 self.index.close()
                 if is_idle:
                     self._file.close()
@@ -348,10 +318,6 @@ class ColdStore:
             self._lock = -1
 
     # ---- inside ------------------------------------------------------------------------------------
-
-    def _sync_now(self) -> None:
-        self._file.sync()
-        self.index.commit()
 
     def _open_index(self, num_there: int) -> StoreIndex:
         """The index; of a store that had slots, made again first where it is damaged or gone."""

@@ -47,6 +47,9 @@ _PARENT = slice(1 + KEY_BYTES + 24, 1 + 2 * KEY_BYTES + 24)
 """Where the hashes are in a row of ENTRY_ROW."""
 SECOND_NS = 1_000_000_000
 
+Records = Mapping[bytes, bytes | None]
+"""What LMDB is to hold, by key; None for what is to be deleted."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredPages:
@@ -88,6 +91,11 @@ class StoreIndex:
         self.checksums = np.zeros(num_slots, dtype=np.uint64)
         self._published = np.zeros(num_slots, dtype=np.bool_)
         self._pending: dict[bytes, bytes | None] = {}
+        self._committing: dict[bytes, bytes | None] = {}
+        """Records of a commit that has begun and not ended."""
+        self._new_slots: set[int] = set()
+        self._committing_slots: set[int] = set()
+        """Whose entries are among those records."""
         self._uses: dict[bytes, int] = {}
         is_too_large = directory.size_of(INDEX_FILE) > index_bytes(num_slots)
         if is_too_large:
@@ -100,6 +108,7 @@ class StoreIndex:
         self._next_gone = image.gone[-1][0] + 1 if image.gone else 0
         self._stored: StoredPages | None = self._adopt(image)
         if is_too_large:
+            self._new_slots.update(np.flatnonzero(self._published).tolist())
             with contextlib.suppress(TransferError):  # tried again by the next commit
                 self.commit()
 
@@ -129,17 +138,18 @@ class StoreIndex:
             )
             self._pending[page_key(name.key)] = entry.pack(name.key)
             self._published[slot] = True
+            self._new_slots.add(slot)
 
     def unpublish_keys(self, keys: Iterable[bytes], why: GoneReason) -> None:
         """Delete the entries of `keys`, where there are any."""
         now_ns = time.time_ns()
         with self._lmdb.begin() as txn:
             for key in keys:
+                self._uses.pop(key, None)
                 entry = self._entry(txn, key)
                 if entry is None:
                     continue
-                self._pending[page_key(key)] = None
-                self._uses.pop(key, None)
+                self._delete(txn, page_key(key))
                 if entry.slot < self.num_slots:
                     self._published[entry.slot] = False
                 self._note_gone(Gone(key, now_ns, why))
@@ -147,6 +157,12 @@ class StoreIndex:
     def is_published(self, slots: Int64s) -> NDArray[np.bool_]:
         """Whether there is an entry for what was written to each slot."""
         return self._published[slots]
+
+    def is_durable(self, slots: Int64s) -> NDArray[np.bool_]:
+        """Whether that entry would survive a loss of power, and the page with it."""
+        waiting = list(self._new_slots | self._committing_slots)
+        durable: NDArray[np.bool_] = self._published[slots] & ~np.isin(slots, waiting)
+        return durable
 
     def are_called(self, slots: Int64s, keys: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Whether the entry of each of `keys`, (slots, 32), names the slot beside it; true where none does.
@@ -170,7 +186,7 @@ class StoreIndex:
     @property
     def num_pending(self) -> int:
         """Records that are not durable yet."""
-        return len(self._pending) + len(self._uses)
+        return len(self._pending) + len(self._committing) + len(self._uses)
 
     def commit(self) -> None:
         """Return when every entry and deletion so far is durable. The payload must be durable before.
@@ -179,20 +195,55 @@ class StoreIndex:
         ------
         TransferError: LMDB refused; what was not written is tried again by the next call.
         """
-        if self.num_pending == 0:
-            return
+        records, is_good = self.begin_commit(), False
+        try:
+            self.write(records)
+            is_good = True
+        finally:
+            self.end_commit(is_good=is_good)
+
+    def begin_commit(self) -> Records:
+        """What `write` is to make durable; until `end_commit` it counts as pending.
+
+        Raises
+        ------
+        TransferError: LMDB cannot be read.
+        """
+        assert not self._committing
         try:
             with self._lmdb.begin() as txn:
                 self._settle_uses(txn)
+        except lmdb.Error as error:
+            raise TransferError(f"the index of the SSD tier was not read: {error}") from error
+        self._committing, self._pending = self._pending, {}
+        self._committing_slots, self._new_slots = self._new_slots, set()
+        return self._committing
+
+    def write(self, records: Records) -> None:
+        """Return when these records are durable; touches nothing else, so that any thread may do it.
+
+        Raises
+        ------
+        TransferError: LMDB refused.
+        """
+        if not records:
+            return
+        try:
             try:
-                self._write(self._pending)
+                self._write(records)
             except lmdb.MapFullError:
-                self._write_by_parts()
+                self._write_by_parts(records)
         except lmdb.Error as error:
             raise TransferError(f"the index of the SSD tier was not written: {error}") from error
-        self._pending.clear()
 
-    def _write(self, records: Mapping[bytes, bytes | None]) -> None:
+    def end_commit(self, *, is_good: bool) -> None:
+        """The commit that began last has ended; what was not written is part of the next one."""
+        if not is_good:
+            self._pending = {**self._committing, **self._pending}
+            self._new_slots |= self._committing_slots
+        self._committing, self._committing_slots = {}, set()
+
+    def _write(self, records: Records) -> None:
         with self._lmdb.begin(write=True) as txn:
             for key, value in sorted(records.items()):
                 if value is None:
@@ -200,15 +251,17 @@ class StoreIndex:
                 else:
                     txn.put(key, value)
 
-    def _write_by_parts(self) -> None:
+    def _write_by_parts(self, records: Records) -> None:
         """Where the index is full: deletions first, and less at once, so that LMDB uses again what it has freed.
 
         Labels, and what is said of pages that are gone, are left out.
         """
-        for key in [key for key in self._pending if key[:1] in (LABEL, GONE_PAGE)]:
-            if self._pending[key] is not None:
-                del self._pending[key]
-        items = sorted(self._pending.items(), key=lambda item: (item[1] is not None, item[0]))
+        kept = [
+            (key, value)
+            for key, value in records.items()
+            if value is None or key[:1] not in (LABEL, GONE_PAGE)
+        ]
+        items = sorted(kept, key=lambda item: (item[1] is not None, item[0]))
         for start in range(0, len(items), PART_RECORDS):
             self._write(dict(items[start : start + PART_RECORDS]))
 
@@ -220,8 +273,16 @@ class StoreIndex:
 
     def _entry(self, txn: lmdb.Transaction, key: bytes) -> Entry | None:
         record = page_key(key)
-        value = self._pending[record] if record in self._pending else txn.get(record)
+        waiting = next((r for r in (self._pending, self._committing) if record in r), None)
+        value = txn.get(record) if waiting is None else waiting[record]
         return None if value is None else Entry.parse(key, bytes(value))
+
+    def _delete(self, txn: lmdb.Transaction, record: bytes) -> None:
+        """Delete a record; one that was never written is forgotten, so that what is pending stays bounded."""
+        if record in self._committing or txn.get(record) is not None:
+            self._pending[record] = None
+        else:
+            self._pending.pop(record, None)
 
     def _settle_uses(self, txn: lmdb.Transaction) -> None:
         """Turn the hits since the last commit into new records."""

@@ -1,0 +1,125 @@
+"""Commits: when what was written to a store becomes durable, and what becomes of a commit that fails or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import time
+from collections.abc import Callable
+
+from tiermem.backoff import Backoff
+from tiermem.breaker import Use
+from tiermem.errors import DeadlineError, TransferError
+from tiermem.guarded_io import GuardedEngine
+from tiermem.patience import PatientCall
+from tiermem.store_index import Records, StoreIndex
+
+log = logging.getLogger("tiermem")
+
+SYNC_S = 1.0
+SYNC_RECORDS = 4096
+"""Entries and deletions become durable when the oldest is so many seconds old, or when there are so many."""
+LONGEST_PAUSE_S = 300.0
+"""After commits that failed, until the next one that nobody asked for."""
+
+
+class Commits:
+    """Of one store. A commit makes the payload durable, then the entries that name it.
+
+    It runs in a thread of its own, because the calls of the system have no deadline, while the caller waits. The
+    thread is given its records and touches nothing else of the index: so one that is late can go on while more is
+    published, and how it ended is noted when that is known, before the next one begins.
+
+    Parameters
+    ----------
+    sync_payload: makes what was written to the slots durable; raises TransferError.
+    timeout_s: deadline of one commit, seconds.
+    clock: seconds that never run backwards.
+    """
+
+    def __init__(
+        self,
+        sync_payload: Callable[[], None],
+        index: StoreIndex,
+        engine: GuardedEngine,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sync_payload = sync_payload
+        self._index = index
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._last_s = clock()
+        self._backoff = Backoff(SYNC_S, LONGEST_PAUSE_S, clock)
+        self._running: PatientCall | None = None
+        """The commit whose end was not noted yet."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no thread uses the index or the slots."""
+        return self._running is None or self._running.poll()
+
+    def sync(self) -> None:
+        """Return when every page and entry written so far is durable.
+
+        Raises
+        ------
+        TransferError: the disk or the index refused. DeadlineError: it is not over by the deadline; it goes on.
+        """
+        self._engine.settle_late()
+        breaker = self._engine.breaker
+        if breaker.num_late:
+            raise TransferError(errno.EIO, breaker.describe())
+        if self._running is not None:  # one that was late, or that an interrupt left
+            with contextlib.suppress(TransferError):
+                self._wait(self._running)
+            if self._running is not None:
+                raise TransferError(errno.EIO, breaker.describe())
+        records = self._index.begin_commit()
+        self._running = PatientCall(
+            lambda: self._make_durable(records), "making the SSD tier durable"
+        )
+        self._wait(self._running)
+
+    def poll(self) -> None:
+        """Make what was published and deleted durable when it is enough or old enough; now and then, a few ms.
+
+        What cannot be made durable now is logged, and tried again after a pause that grows.
+        """
+        if not self._engine.breaker.allows(Use.WRITE) or not self._backoff.is_over:
+            return
+        now_s = self._clock()
+        if now_s - self._last_s < SYNC_S and self._index.num_pending < SYNC_RECORDS:
+            return
+        if self._index.num_pending == 0:
+            self._last_s = now_s
+            return
+        try:
+            self.sync()
+        except TransferError as error:
+            log.error("%s; tried again in %g s", error, self._backoff.pause_s)
+
+    def _wait(self, call: PatientCall) -> None:
+        """Wait for a commit, and note its end where it has one."""
+        is_good = False
+        try:
+            call.wait(self._timeout_s)
+            is_good = True
+        except DeadlineError as error:
+            self._engine.keep_late(call, str(error))
+            raise
+        finally:
+            if call.poll():
+                self._running = None
+                self._index.end_commit(is_good=is_good)
+            if is_good:
+                self._last_s = self._clock()
+                self._backoff.note_good()
+            else:
+                self._backoff.note_failure()
+
+    def _make_durable(self, records: Records) -> None:
+        self._sync_payload()
+        self._index.write(records)
