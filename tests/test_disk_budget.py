@@ -19,7 +19,7 @@ from test_manager import config, grow
 from test_store import PAGE, TOKENS, found
 from world import LAYOUT, store_bytes
 
-from tiermem import ConfigError, TierConfig, TierManager, TransferError, build, disk_budget
+from tiermem import ConfigError, NotDurableError, TierConfig, TierManager, build, disk_budget
 from tiermem._core import Tier
 from tiermem.cli.manager_text import disk_text
 from tiermem.disk_budget import DAY_S, DiskGuard, DiskLimits, Pause, WriteBudget
@@ -189,12 +189,19 @@ def test_the_budget_ends_publication_and_refills_later(
     few = replace(config(8, 8, 20, tmp_path / "s"), ssd_write_budget=3 * STRIDE)
     with TierManager(LAYOUT, few) as manager:
         grow(manager, manager.open_sequence(), TOKENS)
-        manager.flush()
+        with pytest.raises(
+            NotDurableError, match=r"3 of 6 .*ssd_write_budget is used up"
+        ) as caught:
+            manager.flush()
+        error = caught.value
+        assert (error.num_pages, error.num_published) == (3, 6)
+        assert error.reason == Pause.BUDGET.value
         seen = disk(manager.stats())
         assert (seen.written_bytes, seen.budget_left_bytes) == (3 * STRIDE, 0)
         assert (seen.budget_bytes, seen.skipped_pages) == (3 * STRIDE, 3)
         assert seen.pause == Pause.BUDGET.value
-        manager.flush()
+        with pytest.raises(NotDurableError, match="3 of 6 "):
+            manager.flush()
         assert disk(manager.stats()).written_bytes == 3 * STRIDE
     with TierManager(LAYOUT, few) as manager:  # the first pages of the chain were kept
         assert found(manager) == 3 * PAGE
@@ -225,7 +232,8 @@ def test_pages_that_are_needed_are_written_beyond_the_budget_and_counted(tmp_pat
             other = manager.open_sequence()
             grow(manager, other, [first + t for t in range(2 * PAGE)])
             other.close()
-        manager.flush()
+        with pytest.raises(NotDurableError, match="used up"):
+            manager.flush()
         assert disk(manager.stats()).written_bytes == before
         assert disk(manager.stats()).skipped_pages > 0
         manager.check()
@@ -260,7 +268,8 @@ def test_below_the_floor_nothing_is_written_ahead_of_need(
         free[0] = (1 << 30) - 1
         sequence = manager.open_sequence()
         grow(manager, sequence, TOKENS)
-        manager.flush()
+        with pytest.raises(NotDurableError, match=r"6 of 6 .*less than ssd_free_floor is free"):
+            manager.flush()
         seen = disk(manager.stats())
         assert (seen.pause, seen.skipped_pages) == (Pause.FREE_FLOOR.value, 6)
         assert (seen.written_bytes, seen.free_floor_bytes) == (0, 1 << 30)
@@ -552,13 +561,14 @@ def test_no_space_for_a_write_keeps_the_page_where_it_is(small_disk: Path) -> No
         other = fill(small_disk)
         sequence = manager.open_sequence()
         grow(manager, sequence, TOKENS)
-        with pytest.raises(TransferError):
+        with pytest.raises(NotDurableError, match=r"6 of 6 .*No space left"):
             manager.flush()
         seen = disk(manager.stats())
         assert seen.pause == Pause.DISK_FULL.value
         assert manager.stats().tiers[Tier.SSD].used == 0
         assert found(manager) == len(TOKENS)
-        manager.flush()  # nothing is tried for a while
+        with pytest.raises(NotDurableError, match=r"6 of 6 .*a write found no space"):
+            manager.flush()  # nothing is tried for a while
         grow(manager, sequence, [1, 2, 3])
         manager.check()
         other.unlink()

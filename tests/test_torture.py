@@ -83,7 +83,10 @@ def test_flipped_bits_damaged_stores_hostile_bytes_and_long_use_do_no_harm() -> 
     assert 0 < summary["disk_share"] <= 1
 
 
-LOSES = "import tiermem.manager as m; m.write_published = lambda core, store: None"
+LOSES = """
+import tiermem.manager as m, tiermem.publication as p
+m.write_published = p.write_published = lambda core, store: None
+"""
 """flush() and close() that write nothing."""
 MIXES_UP = """
 import numpy as np

@@ -27,6 +27,22 @@ class DeadlineError(TransferError):
     """Something was not over by its deadline. What still runs keeps what it uses till it ends."""
 
 
+class NotDurableError(TransferError):
+    """Published pages that a flush was to make durable are not; what could be written is.
+
+    `num_pages` of `num_published` are not durable, for `reason`. They are where they were, and the next flush
+    tries them again.
+    """
+
+    def __init__(self, num_pages: int, num_published: int, reason: str) -> None:
+        super().__init__(
+            f"{num_pages} of {num_published} published pages are not durable on the SSD: {reason}"
+        )
+        self.num_pages = num_pages
+        self.num_published = num_published
+        self.reason = reason
+
+
 class CorruptPageError(TransferError):
     """Bytes that came back are not the bytes that were stored; they were not served.
 

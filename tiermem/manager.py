@@ -14,7 +14,6 @@ import numpy as np
 import psutil
 import torch
 
-from tiermem.breaker import Use
 from tiermem.build import build_core, open_store
 from tiermem.closing import Closing, Memories
 from tiermem.config import TierConfig
@@ -32,7 +31,7 @@ from tiermem.limits import (
 from tiermem.plan import NO_PAGES
 from tiermem.pools import Ids, Tier
 from tiermem.pressure import Pressure
-from tiermem.publication import write_published
+from tiermem.publication import flush_published, write_published
 from tiermem.resident import ResidentPool
 from tiermem.sequence import Sequence, check_token_ids
 from tiermem.snapshots import Publisher
@@ -213,25 +212,19 @@ class TierManager:
     def flush(self) -> None:
         """Return when every published page is durable on the SSD, within its cap (the most recent ones).
 
-        Where the disk is to be spared (`stats().disk.pause` says why) fewer are written, which a warning tells;
-        what was written is durable.
-
         Raises
         ------
-        ConfigError: there is no SSD tier. TransferError: a write failed, or the SSD tier is switched off: says
-        why, and when it is tried again. DeadlineError: something in flight has missed its deadline.
+        ConfigError: there is no SSD tier. NotDurableError: pages that ought to be durable are not: how many, and
+        why. The disk is to be spared (`stats().disk.pause`), a write failed or missed its deadline, or the SSD
+        tier is switched off. What could be written is durable, and the other pages are where they were.
+        TransferError: all are durable, but something else that was to be written is not.
         """
         self._check_open()
         if self._store is None:
             raise ConfigError("flush: there is no SSD tier (ssd=0); give ssd and ssd_path")
-        core = self._core
-        core.mover.probe()
-        core.in_flight.drain()
-        core.mover.check(Use.WRITE)
-        core.in_flight.check_late()
-        write_published(core, self._store)
-        core.mover.check(Use.WRITE)
-        self._store.sync()
+        self._core.mover.probe()
+        self._core.in_flight.drain()
+        flush_published(self._core, self._store)
 
     # ---- seeing ------------------------------------------------------------------------------------
 

@@ -6,9 +6,43 @@ the disk is to be spared (its free space, its write budget), fewer are written.
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tiermem.breaker import Use
 from tiermem.core import Core
+from tiermem.disk_budget import Pause
+from tiermem.errors import NotDurableError, TransferError
 from tiermem.pools import ABSENT, VALID, Ids, Tier
 from tiermem.store import ColdStore
+
+
+def flush_published(core: Core, store: ColdStore) -> None:
+    """Return when every published page is durable, within the cap; what can be is, whatever fails.
+
+    Raises
+    ------
+    NotDurableError: pages are not durable. TransferError: they are, but something else failed.
+    """
+    failure = None
+    try:
+        core.mover.check(Use.WRITE)
+        core.in_flight.check_late()
+        write_published(core, store)
+    except TransferError as error:
+        failure = error
+    try:
+        core.mover.check(Use.WRITE)
+        store.sync()
+    except TransferError as error:
+        failure = failure or error
+    if failure is None:
+        return
+    kept = _within_cap(core)
+    if num_missing := int((~_are_durable(core, store, kept)).sum()):
+        raise NotDurableError(num_missing, len(kept), _reason(failure)) from failure
+    if core.mover.allows(Use.WRITE):  # a tier that is off had nothing to do
+        raise failure
 
 
 def write_published(core: Core, store: ColdStore) -> None:
@@ -16,21 +50,42 @@ def write_published(core: Core, store: ColdStore) -> None:
 
     Raises
     ------
-    TransferError: a write failed.
+    TransferError: a write failed. NotDurableError: some were left out, because the disk is to be spared.
     """
     core.leases.note_use()
     pages = core.prefixes.pages()
     _name_stored(core, store, pages[core.table.states(pages, Tier.SSD) == VALID])
-    kept = core.prefixes.pages()[-core.table.counts(Tier.SSD).slots :]
+    kept = _within_cap(core)
     on_ssd = core.table.states(kept, Tier.SSD) == VALID
     missing = kept[~on_ssd]
-    missing = missing[len(missing) - core.room.allow(len(missing)) :]
+    num_allowed = core.room.allow(len(missing))
+    chosen = missing[len(missing) - num_allowed :]
     core.table.pin(kept[on_ssd], Tier.SSD)  # they stay; what is colder makes way
     try:
         for src in (Tier.RAM, Tier.GPU):
-            _write_from(core, src, core.room.wanted(missing))
+            _write_from(core, src, core.room.wanted(chosen))
     finally:
         core.table.unpin(kept[on_ssd], Tier.SSD)
+    if num_left := len(missing) - num_allowed:
+        why = store.guard.pause or Pause.BUDGET
+        raise NotDurableError(num_left, len(kept), why.value)
+
+
+def _within_cap(core: Core) -> Ids:
+    """The published pages that the SSD tier has room for: those used last."""
+    return core.prefixes.pages()[-core.table.counts(Tier.SSD).slots :]
+
+
+def _are_durable(core: Core, store: ColdStore, pages: Ids) -> NDArray[np.bool_]:
+    durable: NDArray[np.bool_] = core.table.states(pages, Tier.SSD) == VALID
+    durable[durable] = store.index.is_durable(core.table.slots(pages[durable], Tier.SSD))
+    return durable
+
+
+def _reason(failure: TransferError) -> str:
+    if isinstance(failure, NotDurableError):
+        return failure.reason
+    return failure.strerror or str(failure)
 
 
 def _write_from(core: Core, src: Tier, pages: Ids) -> None:

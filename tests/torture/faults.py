@@ -121,15 +121,14 @@ def run_faults(seed: int, where: Path, tally: Tally) -> None:
 
 
 def _flush(actor: Actor, covered: list[list[int]]) -> list[list[int]]:
-    """What is on the disk for sure after a flush, if that returned and nothing was to be spared."""
+    """What is on the disk for sure after a flush, if that returned."""
     matched = matched_pages(actor)
     try:
         actor.do_flush()
     except actor.expected:
         actor.tally.refused += 1
         return covered
-    disk = actor.manager.stats().disk
-    return matched if disk is None or disk.pause is None else covered
+    return matched
 
 
 def _close(actor: Actor) -> None:
