@@ -79,10 +79,12 @@ LAYERS = {
         "tiermem.inflight",
         "tiermem.lanes",
         "tiermem.meter",
+        "tiermem.mover",
         "tiermem.page_sums",
         "tiermem.poison",
         "tiermem.probe",
         "tiermem.quarantine",
+        "tiermem.routes",
         "tiermem.transfer",
     ],
     "step": [

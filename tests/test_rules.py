@@ -11,8 +11,9 @@ from world import World
 
 from tiermem import InvariantError, TierMemError
 from tiermem._core import Tier
+from tiermem.mover import Mover
 from tiermem.planner import Planner
-from tiermem.transfer import Mover, Transfer
+from tiermem.transfer import Transfer
 
 SEEDS = range(12)
 OPERATIONS = 250
@@ -60,7 +61,7 @@ def break_r2(patch: pytest.MonkeyPatch) -> None:
 
     def repinned(settle: Callable[..., None]) -> Callable[..., None]:
         def settle_without_pins(self: Transfer, *args: object) -> None:
-            self._mover.table.pin(self.ids, self.src)
+            self._owner.table.pin(self.ids, self.src)
             settle(self, *args)
 
         return settle_without_pins

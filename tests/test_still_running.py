@@ -41,13 +41,14 @@ class NoEvents:
     """A stream that cannot record its next event; then all is as it was."""
 
     def __init__(self, manager: TierManager) -> None:
-        self._mover, self._stream = manager._core.mover, manager._core.mover.checks
+        self._routes = manager._core.mover._routes
+        self._stream = self._routes.checks
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def record(self) -> Any:
-        self._mover.checks = self._stream
+        self._routes.checks = self._stream
         raise TransferError("no event")
 
 
@@ -74,7 +75,7 @@ def test_slots_that_a_copy_still_writes_are_not_given_back(
                 own = device._own
                 checks = core.mover.checks
                 patch.setattr(device, "_own", lambda s: own(checks if type(s) is NoEvents else s))
-                patch.setattr(core.mover, "checks", NoEvents(manager))
+                patch.setattr(core.mover._routes, "checks", NoEvents(manager))
             else:
                 patch.setattr(device, refused, refuse)
             error: TransferError | None = None

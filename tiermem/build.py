@@ -33,6 +33,7 @@ from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.lease import Leases
 from tiermem.limits import share_at_start, split_rates
+from tiermem.mover import Mover
 from tiermem.page_sums import PageSums
 from tiermem.poison import Poison, PoisonedTable, PoolSlots, StoreSlots
 from tiermem.pools import Ids, SlotPool, Tier
@@ -49,7 +50,6 @@ from tiermem.room import Room, Watermarks
 from tiermem.store import ColdStore
 from tiermem.store_files import cap_of, num_slots_there
 from tiermem.streaming import NUM_HALVES, Ring
-from tiermem.transfer import Mover
 from tiermem.units import Size, SizeKind, format_bytes
 
 log = logging.getLogger("tiermem")

@@ -17,13 +17,14 @@ from tiermem.errors import CorruptPageError
 from tiermem.inflight import InFlight
 from tiermem.layout import PageLayout
 from tiermem.lease import Leases
+from tiermem.mover import Mover
 from tiermem.page_sums import Check, SumWork
 from tiermem.pools import FILLING, NO_SLOT, VALID, Ids, SlotPool, Slots, Tier
 from tiermem.prefix import Prefixes
 from tiermem.ram_attention import RamAttention
 from tiermem.room import Room
 from tiermem.streaming import NUM_HALVES, Ring
-from tiermem.transfer import Mover, Transfer
+from tiermem.transfer import Transfer
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from tiermem.disk_budget import DiskGuard
 from tiermem.errors import OutOfPagesError, TransferError
 from tiermem.inflight import InFlight
 from tiermem.lease import Leases
+from tiermem.mover import Mover
 from tiermem.pools import ABSENT, VALID, Ids, Tier
 from tiermem.prefix import Prefixes
-from tiermem.transfer import Mover
 
 log = logging.getLogger("tiermem")
 

@@ -17,11 +17,11 @@ from tiermem.attention.pool_view import TORCH_DTYPES, PoolView, SlotHolds
 from tiermem.device.protocol import Device, Direction, Event, Memory, Slices
 from tiermem.errors import DeadlineError, TransferError
 from tiermem.layout import SLOT_ALIGN_BYTES, PageLayout, round_up
+from tiermem.mover import Mover
 from tiermem.page_sums import Check, Damage, Sums
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
 from tiermem.store import ColdStore, StoreTransfer
 from tiermem.trace import traced
-from tiermem.transfer import Mover
 
 NUM_HALVES = 2
 
