@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from world import LAYOUT, kv_of, store_bytes
 
 from tiermem import Sequence, TierConfig, TierManager, _core
 from tiermem._core import EngineKind, FaultOps
+from tiermem.breaker import TierState
 from tiermem.device.protocol import Device
 
 PAGE = LAYOUT.page_tokens
@@ -85,3 +87,26 @@ def in_time(deadlines: int = 1) -> Iterator[None]:
     start_s = time.monotonic()
     yield
     assert time.monotonic() - start_s < deadlines * DEADLINE_S + SLACK_S
+
+
+def make_due(manager: TierManager) -> None:
+    """The pause of the SSD tier's breaker is over."""
+    assert manager._store is not None
+    manager._store.breaker._retry_s = 0.0
+
+
+def state(manager: TierManager) -> TierState:
+    assert manager._store is not None
+    return manager._store.breaker.state
+
+
+def settle(manager: TierManager) -> None:
+    """Poll until what was late has ended and the tier was tried again."""
+    ended = threading.Event()
+    for _ in range(500):
+        make_due(manager)
+        manager.poll()
+        if state(manager) is TierState.ON and not len(manager._core.in_flight):
+            return
+        ended.wait(0.01)
+    raise AssertionError("it did not come back")

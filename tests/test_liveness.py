@@ -15,7 +15,10 @@ from liveness_support import (
     faults_fixture,  # noqa: F401
     grow,
     in_time,
+    make_due,
     open_manager,
+    settle,
+    state,
     tokens_of,
 )
 
@@ -41,17 +44,6 @@ def hold(faults: FaultOps, call: FileCall) -> None:
 
 def fail(faults: FaultOps, call: FileCall, error: int, count: int = EVERY) -> None:
     faults.fail(call, faults.num_calls(call) + 1, error, count)
-
-
-def make_due(manager: TierManager) -> None:
-    """The pause of the SSD tier's breaker is over."""
-    assert manager._store is not None
-    manager._store.breaker._retry_s = 0.0
-
-
-def state(manager: TierManager) -> TierState:
-    assert manager._store is not None
-    return manager._store.breaker.state
 
 
 # ---- a disk that hangs -------------------------------------------------------------------------------
@@ -84,18 +76,6 @@ def test_writes_that_hang_end_flush_by_its_deadline_and_nothing_is_lost(
         again = manager.open_sequence(tokens_of(0, 7 * PAGE))
         assert again.num_tokens == 7 * PAGE
         check_content(again)
-
-
-def settle(manager: TierManager) -> None:
-    """Poll until what was late has ended and the tier was tried again."""
-    ended = threading.Event()
-    for _ in range(500):
-        make_due(manager)
-        manager.poll()
-        if state(manager) is TierState.ON and not len(manager._core.in_flight):
-            return
-        ended.wait(0.01)
-    raise AssertionError("it did not come back")
 
 
 @pytest.mark.parametrize(

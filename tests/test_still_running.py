@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from liveness_support import PAGE, check_content, grow, open_manager, tokens_of
-from world import LAYOUT, kv_of
+from liveness_support import (
+    DEADLINE_S,
+    PAGE,
+    check_content,
+    faults_fixture,  # noqa: F401
+    grow,
+    open_manager,
+    settle,
+    tokens_of,
+)
+from world import LAYOUT, kv_of, store_bytes
 
 from tiermem import TierManager, TransferError
-from tiermem._core import Tier
+from tiermem._core import FaultOps, FileCall, Tier
+from tiermem.cipher_key import SecretKey
 from tiermem.device.cpu import CpuDevice
 from tiermem.device.protocol import Device
 from tiermem.device.simulated import SimulatedDevice
+from tiermem.store import ColdStore
 
 
 def free_slots_that_are_written(manager: TierManager, device: SimulatedDevice) -> list[int]:
@@ -197,3 +210,72 @@ def test_a_step_that_is_undone_late_keeps_what_the_device_still_reads(
         gc.collect()
         assert all(reference() is None for reference in used)
         check_content(sequence)
+
+
+# ---- an interrupt ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_interrupts", [1, 2])
+def test_slots_that_the_disk_still_writes_are_not_given_back_by_an_interrupt(
+    tmp_path: Path, faults: FaultOps, monkeypatch: pytest.MonkeyPatch, num_interrupts: int
+) -> None:
+    """A step that writes pages through to the SSD is interrupted while it waits; the step is undone."""
+    with open_manager(tmp_path / "s", (2, 0, 20), io_timeout_s=30.0) as manager:
+        store = manager._store
+        assert store is not None
+        core, wait, left = manager._core, store.engine.wait, num_interrupts
+        sequence = manager.open_sequence()
+        grow(manager, sequence, PAGE)
+        faults.hold(FileCall.WRITE, faults.num_calls(FileCall.WRITE) + 1, 1 << 40)
+
+        def interrupt(ticket: int, timeout_s: float) -> Any:
+            nonlocal left
+            if left == 0:
+                faults.release()
+                return wait(ticket, timeout_s)
+            left -= 1
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(store.engine, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            grow(manager, sequence, 6 * PAGE)
+        monkeypatch.undo()
+        num_filling = core.table.counts(Tier.SSD).filling
+        assert num_filling > 0 or not store.engine.counters().in_flight
+        assert (num_filling > 0) == (num_interrupts > 1)
+        faults.release()
+        settle(manager)
+        assert core.table.counts(Tier.SSD).filling == 0
+        assert sequence.num_tokens == PAGE
+        grow(manager, sequence, 6 * PAGE)
+        check_content(sequence)
+        manager.check()
+
+
+# ---- memory of a store that was closed ---------------------------------------------------------------
+
+
+def test_what_is_encrypted_stays_while_a_closed_store_may_write_it(
+    tmp_path: Path, faults: FaultOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cryptography")
+    monkeypatch.setattr(
+        logging.getLogger("tiermem"), "disabled", True
+    )  # pytest keeps what is logged
+    key = SecretKey(bytes(range(32)))
+    store = ColdStore(tmp_path / "s", LAYOUT, store_bytes(8), "threads", DEADLINE_S, key=key)
+    assert store._vault is not None
+    buffers = [weakref.ref(buffer) for buffer in store._vault._buffers]
+    num_calls = faults.num_calls(FileCall.WRITE)
+    faults.hold(FileCall.WRITE, num_calls + 1, 1 << 40)
+    page = np.zeros(LAYOUT.slot_bytes, dtype=np.uint8)
+    slots, addresses = np.array([0], dtype=np.int64), np.array([page.ctypes.data], dtype=np.int64)
+    writing = store.write(slots, addresses, [None])
+    while faults.num_calls(FileCall.WRITE) == num_calls:  # until the disk has it
+        threading.Event().wait(0.01)
+    writing.expire()
+    with contextlib.suppress(TransferError):
+        store.close()
+    del store, writing
+    gc.collect()
+    assert [buffer() is None for buffer in buffers].count(False) == 1

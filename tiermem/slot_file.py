@@ -133,8 +133,7 @@ class SlotFile:
         lengths = np.full(len(slots), TRAILER_BYTES, dtype=np.int64)
         operations = self._file, offsets, _row_addresses(transfer.trailers), lengths
         transfer.start_part(submit, operations, transfer.slots)
-        transfer.wait()
-        transfer.poll()
+        transfer.complete()
 
     # ---- the file ----------------------------------------------------------------------------------
 

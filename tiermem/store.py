@@ -213,8 +213,7 @@ class ColdStore:
             if self._vault is not None:
                 sources = self._vault.encrypt_layer(transfer, slots[places], layer, sources)
             self._file.write_slices(transfer, places, layer, sources)
-        transfer.wait()
-        transfer.poll()
+        transfer.complete()
 
     def finish_slices(
         self, slots: Int64s, names: Sequence[PageName | None], sums: NDArray[np.uint64]
@@ -224,14 +223,20 @@ class ColdStore:
         self._file.write_trailers(slots, self._trailers.make(slots, names, sums))
 
     def rename(self, slots: Int64s, names: Sequence[PageName]) -> NDArray[np.bool_]:
-        """Name pages that were written without one; which of them were found intact and are published now."""
+        """Name pages that were written without one; which of them were found intact and are published now.
+
+        Raises
+        ------
+        TransferError: they cannot be named; they are what they were.
+        """
         self._trailers.load(slots)
         sums = self._trailers.sums
         good = np.array([slot in sums for slot in slots.tolist()], dtype=np.bool_)
         kept = slots[good]
         if len(kept):
             kept_names = [name for name, ok in zip(names, good, strict=True) if ok]
-            self.finish_slices(kept, kept_names, np.stack([sums[slot] for slot in kept.tolist()]))
+            self.guard.note_written(len(kept) * TRAILER_BYTES)
+            self._trailers.rewrite(kept, kept_names)
             self.index.publish(kept, kept_names)
         return good
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ def parts_of(slots: Int64s, page_bytes: int) -> Iterator[Int64s]:
 
 
 class StoreTransfer:
-    """Pages being read from or written to the store. Owns the trailers' memory until it has ended.
+    """Pages being read from or written to the store. Owns the trailers' memory, and what it is to `keep`, until it
+    has ended.
 
     One that misses its deadline is kept by the engine until it has ended, and fails then.
 
@@ -61,6 +63,7 @@ class StoreTransfer:
         self._deadline_s = time.monotonic() + timeout_s
         self._check = check
         self._good = np.zeros(len(slots), dtype=np.bool_)
+        self._kept: list[mmap.mmap] = []
         self._parts: list[tuple[int, Int64s]] = []
         self._num_ended = 0
         self._error: TransferError | None = None
@@ -89,6 +92,11 @@ class StoreTransfer:
         assert self.tails is not None
         return np.frombuffer(self.tails, dtype=np.uint8).reshape(-1, TRAILER_BYTES)
 
+    def keep(self, memory: mmap.mmap) -> None:
+        """Parts are written from `memory`, which is to stay as long as the transfer runs."""
+        if not any(other is memory for other in self._kept):
+            self._kept.append(memory)
+
     def refuse(self, error: TransferError) -> None:
         """What was to be submitted cannot be: the transfer fails, once the parts before have ended."""
         self._error = self._error or error
@@ -116,6 +124,30 @@ class StoreTransfer:
             if self._engine.wait(ticket, left_s).status is _core.IoStatus.PENDING:
                 raise self.expire()
             self._take(ticket, places)
+
+    def complete(self) -> None:
+        """Block until it has ended, where nobody else will ask for it; raises as `wait` and `poll`.
+
+        An interrupt is raised when it has ended too: nothing else may come before to what it uses. At a second one
+        it is kept as one that is late.
+        """
+        try:
+            self.wait()
+        except TransferError:
+            raise
+        except BaseException:
+            self._let_end()
+            raise
+        self.poll()
+
+    def _let_end(self) -> None:
+        self.leave_unchecked()  # nobody will use what arrives
+        try:
+            with contextlib.suppress(TransferError):
+                self.wait()
+        finally:
+            if not self.has_ended:
+                self._engine.keep_late(self, "waiting for it was interrupted")
 
     def is_late(self) -> bool:
         """Whether the deadline is over and it was not seen to have ended."""

@@ -354,8 +354,7 @@ class Ring:
             self._drop(load.half)
         read = half.ahead or self._start_read(load, cold, layer)
         half.ahead = None
-        read.transfer.wait()
-        read.transfer.poll()
+        read.transfer.complete()
         bad = np.flatnonzero(~self._store.verify(read.transfer))
         if len(bad):
             raise self._mover.quarantine.report(
@@ -383,7 +382,7 @@ class Ring:
         read, self._halves[half].ahead = self._halves[half].ahead, None
         if read is not None:
             with contextlib.suppress(TransferError):
-                read.transfer.wait()
+                read.transfer.complete()
 
     def _save_to(self, half: int, target: Addresses) -> Event:
         stream = self._mover.to_host

@@ -104,6 +104,10 @@ class Vault:
         """The checksums in trailers, and their seals; None for one that this key did not make."""
         return self._cipher.open_trailers(raw)
 
+    def known(self, slot: int) -> Seal | None:
+        """The seal of what is in `slot`, if it was kept."""
+        return self._known.get(slot)
+
     def know(self, slot: int, seal: Seal | None) -> None:
         """Keep the seal of what is in `slot`, for its slices."""
         if seal is not None:
@@ -134,6 +138,7 @@ class Vault:
         self._buffers.append(self._buffers.pop(place))
         self._users.append(self._users.pop(place))
         self._users[-1] = transfer
+        transfer.keep(self._buffers[-1])
         base = np.frombuffer(self._buffers[-1], dtype=np.uint8).ctypes.data
         return base + np.arange(count, dtype=np.int64) * stride
 
