@@ -16,6 +16,10 @@ template <class T>
 using ArrayIn =
     nanobind::ndarray<const T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
 
+// The same, to be written to.
+template <class T>
+using ArrayOf = nanobind::ndarray<T, nanobind::ndim<1>, nanobind::c_contig, nanobind::device::cpu>;
+
 // Hashes, one a row: (n, 32) uint8.
 using HashesIn = nanobind::ndarray<const std::uint8_t, nanobind::shape<-1, sizeof(tiermem::Digest)>,
                                    nanobind::c_contig, nanobind::device::cpu>;

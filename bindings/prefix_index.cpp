@@ -101,6 +101,12 @@ void bind_prefix_index(nb::module_& module) {
           },
           array("pages"))
       .def("pages", [](const PrefixIndex& index) { return to_array<std::int64_t>(index.pages()); })
+      .def(
+          "raise_parents",
+          [](const PrefixIndex& index, const ArrayOf<std::int64_t>& last_use) {
+            return index.raise_parents({last_use.data(), last_use.size()});
+          },
+          array("last_use"))
       .def_prop_ro("size", &PrefixIndex::size)
       .def_prop_ro("page_tokens", &PrefixIndex::page_tokens);
 }

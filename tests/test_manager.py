@@ -192,6 +192,40 @@ def test_a_sequence_a_batch_and_a_step_beyond_the_hot_tier_are_exact(
         manager.check()
 
 
+def test_a_store_opened_again_gives_up_leaves_before_what_they_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain that grew over minutes: its first pages are the oldest ones, and all others need them."""
+    now_ns = 10**18
+    monkeypatch.setattr("tiermem.store_index.time.time_ns", lambda: now_ns)
+    settings = config(8, 0, 4, tmp_path / "s")
+    chain = list(range(3 * PAGE))
+    for pages in (1, 2, 3):
+        with TierManager(LAYOUT, settings) as manager:
+            sequence = manager.open_sequence()
+            grow(manager, sequence, chain[: pages * PAGE])
+        now_ns += 60 * 10**9
+    with TierManager(LAYOUT, settings) as manager:
+        grow(manager, manager.open_sequence(), list(range(900, 900 + 2 * PAGE)))
+        manager.flush()  # one page has to go
+    with TierManager(LAYOUT, settings) as manager:
+        assert manager.stats().published_pages == 4
+        assert manager.open_sequence(chain).num_tokens == 2 * PAGE
+
+
+def test_a_flush_keeps_the_beginning_of_what_grows(tmp_path: Path) -> None:
+    """What has no room is a sequence's end, though that was named last."""
+    settings = config(8, 0, 3, tmp_path / "s")
+    tokens = list(range(5 * PAGE))
+    with TierManager(LAYOUT, settings) as manager:
+        sequence = manager.open_sequence()
+        for start in range(0, len(tokens), PAGE):
+            grow(manager, sequence, tokens[start : start + PAGE])
+        manager.flush()
+    with TierManager(LAYOUT, settings) as manager:
+        assert manager.open_sequence(tokens).num_tokens == 3 * PAGE
+
+
 def test_no_room_in_any_tier_is_said_with_counts_and_loses_nothing() -> None:
     with TierManager(LAYOUT, config(gpu=2, ram=3)) as manager:
         sequence = manager.open_sequence()

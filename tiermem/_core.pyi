@@ -258,6 +258,13 @@ class PrefixIndex:
     def pages(self) -> Int64s:
         """Every page of the index, each before the pages that follow it."""
 
+    def raise_parents(self, last_use: Int64s) -> bool:
+        """Raise entries of `last_use`, by the lower half of a page's id, so that no page was used longer ago than
+        one that follows it; whether anything changed.
+
+        ``ValueError``: it is too short for a page of the index.
+        """
+
     @property
     def size(self) -> int:
         """How many pages have a name."""

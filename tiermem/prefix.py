@@ -123,7 +123,11 @@ class Prefixes:
         return names
 
     def pages(self) -> Ids:
-        """Every published page, least recently used first, children before their parents."""
+        """Every published page, least recently used first, children before their parents.
+
+        A page counts as used whenever one that follows it was: without it, that one could not be found.
+        """
+        self._index.raise_parents(self._last_use)
         leaf_first = self._index.pages()[::-1]
         return leaf_first[np.argsort(self._last_use[leaf_first & INDEX_MASK], kind="stable")]
 
@@ -168,6 +172,8 @@ class Prefixes:
         self._origin[ids & INDEX_MASK] = np.array(places, dtype=np.int32)[stored.origins]
         orphans = self._index.insert_many(stored.parents, stored.keys, ids, stored.positions)
         self._unpublish(orphans, stored.keys[np.isin(ids, orphans)])
+        if self._index.raise_parents(self._last_use):
+            self._table.touch(self.pages())
         if len(ids) >= MANY_PAGES:
             del stored
             _give_memory_back()

@@ -292,20 +292,50 @@ std::vector<Digest> PrefixIndex::keys(PageIds pages) const {
   return keys;
 }
 
-std::vector<PageId> PrefixIndex::pages() const {
+std::vector<PrefixIndex::NodeIndex> PrefixIndex::named_nodes() const {
   std::vector<NodeIndex> ahead;
   for (const Node& node : nodes_) {
     if (node.page == kNoPage && node.first_child != kNone) ahead.push_back(node.first_child);
   }
-  std::vector<PageId> pages;
+  std::vector<NodeIndex> found;
+  found.reserve(static_cast<std::size_t>(num_named_));
   while (!ahead.empty()) {
+    found.push_back(ahead.back());
     const Node& node = node_at(ahead.back());
     ahead.pop_back();
-    pages.push_back(node.page);
     if (node.next_sibling != kNone) ahead.push_back(node.next_sibling);
     if (node.first_child != kNone) ahead.push_back(node.first_child);
   }
+  return found;
+}
+
+std::vector<PageId> PrefixIndex::pages() const {
+  std::vector<PageId> pages;
+  pages.reserve(static_cast<std::size_t>(num_named_));
+  for (const NodeIndex node : named_nodes()) pages.push_back(node_at(node).page);
   return pages;
+}
+
+bool PrefixIndex::raise_parents(std::span<std::int64_t> last_use) const {
+  const std::vector<NodeIndex> nodes = named_nodes();
+  for (const NodeIndex node : nodes) {
+    if (page_number(node_at(node).page) >= last_use.size()) {
+      throw std::invalid_argument("raise_parents: " + text_of(node_at(node).page) +
+                                  ": must be among the " + std::to_string(last_use.size()) +
+                                  " that were given");
+    }
+  }
+  bool changed = false;
+  for (auto node = nodes.rbegin(); node != nodes.rend(); ++node) {
+    const Node& below = node_at(*node);
+    const Node& above = node_at(below.parent);
+    if (above.page == kNoPage) continue;
+    const std::int64_t used = last_use[page_number(below.page)];
+    std::int64_t& parent_used = last_use[page_number(above.page)];
+    changed |= used > parent_used;
+    parent_used = std::max(parent_used, used);
+  }
+  return changed;
 }
 
 }  // namespace tiermem

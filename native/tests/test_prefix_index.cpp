@@ -208,6 +208,28 @@ bool in_order(const Oracle& oracle, const Ids& pages, bool is_parent_first) {
   return true;
 }
 
+// Every page was used as late as the last of those that follow it, and no later.
+void check_raised(const Oracle& oracle, const PrefixIndex& index, std::mt19937& random) {
+  std::vector<std::int64_t> uses;
+  for (const auto& [key, entry] : oracle.entries) {
+    uses.resize(std::max(uses.size(), static_cast<std::size_t>(entry.page & 0xffffffff) + 1));
+  }
+  for (auto& use : uses) use = static_cast<std::int64_t>(random() % 9);
+  std::vector<std::int64_t> wanted = uses;
+  for (const auto& [key, entry] : oracle.entries) {
+    for (const PageId page : oracle.below(key)) {
+      auto& use = wanted[static_cast<std::size_t>(entry.page & 0xffffffff)];
+      use = std::max(use, uses[static_cast<std::size_t>(page & 0xffffffff)]);
+    }
+  }
+  const bool changes = wanted != uses;
+  CHECK(index.raise_parents(uses) == changes && uses == wanted);
+  CHECK(!index.raise_parents(uses));
+  if (!uses.empty()) {
+    CHECK_THROWS(std::invalid_argument, index.raise_parents({uses.data(), uses.size() - 1}));
+  }
+}
+
 void test_against_oracle(std::uint32_t seed) {
   std::mt19937 random(seed);
   PrefixIndex index(16);
@@ -248,6 +270,7 @@ void test_against_oracle(std::uint32_t seed) {
     if (step % 50 != 0) continue;
     const Ids pages = index.pages();
     CHECK(pages.size() == oracle.entries.size() && in_order(oracle, pages, true));
+    check_raised(oracle, index, random);
     for (const auto& [key, entry] : oracle.entries) {
       const auto names = index.names(Ids{entry.page});
       CHECK(names.keys[0] == key && names.parents[0] == entry.parent);

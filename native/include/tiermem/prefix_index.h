@@ -83,6 +83,11 @@ class PrefixIndex {
   // Every page of the index, each before the pages that follow it.
   std::vector<PageId> pages() const;
 
+  // Raises `last_use`, by the index half of the page id, so that no page was used longer ago than
+  // one that follows it: what is evicted by it then leaves no page that can not be reached.
+  // Returns whether anything changed. Throws std::invalid_argument where it is too short.
+  bool raise_parents(std::span<std::int64_t> last_use) const;
+
   std::int64_t size() const { return num_named_; }
   std::int64_t page_tokens() const { return page_tokens_; }
 
@@ -115,6 +120,7 @@ class PrefixIndex {
   void adopt(NodeIndex parent, NodeIndex child);
   NodeIndex remove_leaf(NodeIndex node);  // returns its parent
   NodeIndex deepest(NodeIndex node) const;
+  std::vector<NodeIndex> named_nodes() const;  // each before those that follow it
 
   // The hash table from key to node: open addressing, linear probing, at most half full.
   std::size_t home_of(const Digest& key) const;
