@@ -150,6 +150,24 @@ def test_a_second_run_attaches_what_the_first_stored(
     assert (tmp_path / "store" / "header.json").is_file()
 
 
+def test_the_label_names_the_session_that_stored_pages(
+    cli: Cli, model_dir: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    arguments = (
+        "generate", "--model", model_dir, *TIERS, *CPU, "--json", "--ssd-path", store,
+        "--max-new-tokens", 1, "--prompt",
+    )  # fmt: skip
+    cli(*arguments, PROMPT)
+    cli(*arguments, PROMPT[::-1], "--label", "chat-7")
+    named = cli("ls", store, "--pages", "--label", "chat-7", "--json").json()
+    other = cli("ls", store, "--pages", "--label", "tiermem generate", "--json").json()
+    every = cli("ls", store, "--pages", "--limit", 0, "--json").json()
+    assert {page["session"] for page in named["pages"]} == {"chat-7"}
+    assert {page["session"] for page in other["pages"]} == {"tiermem generate"}
+    assert len(every["pages"]) == len(named["pages"]) + len(other["pages"])
+
+
 @pytest.mark.parametrize("lookup", [(), ("--lookup",)])
 def test_damage_is_repaired_and_told(
     cli: Cli, model_dir: Path, tmp_path: Path, lookup: tuple[str, ...]

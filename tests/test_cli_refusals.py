@@ -50,6 +50,7 @@ def refuse(cli: Cli, code: int, words: str, *arguments: object) -> None:
         ("one of the arguments --prompt --prompt-file", "generate --model MODEL"),
         ("not allowed with argument", "generate --model MODEL --prompt x --prompt-file y"),
         ("the prompt is empty", "generate --model MODEL --prompt="),
+        ("has 201 characters, must be at most 200", f"generate --prompt x --label {'x' * 201}"),
         ("the prompt is empty", "generate --model MODEL --prompt-file EMPTY"),
         ("No such file", "generate --model MODEL --prompt-file EMPTY.txt"),
         ("Is a directory", "generate --model MODEL --prompt-file MODEL"),

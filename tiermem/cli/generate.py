@@ -6,7 +6,14 @@ import argparse
 import os
 from pathlib import Path
 
-from tiermem.cli.options import CommandParser, Commands, add_json, int_from, number_from
+from tiermem.cli.options import (
+    CommandParser,
+    Commands,
+    add_json,
+    int_from,
+    number_from,
+    text_up_to,
+)
 
 NAME = "generate"
 
@@ -30,6 +37,10 @@ Without --config and --profile, the profile of the device at hand gives what no 
 Exit code: 0 done, 1 the run failed or --verify found a difference, 2 wrong arguments."""
 
 PAGE_TOKENS = (16, 32, 64, 128)
+
+LABEL = "tiermem generate"
+MAX_LABEL = 200
+"""Characters, as of `TierManager.open_sequence`."""
 
 DRAFT_TOKENS = 8
 MOST_DRAFT_TOKENS = 31
@@ -102,6 +113,13 @@ def _add_tiers(parser: CommandParser) -> None:
     source.add_argument("--config", metavar="FILE", type=Path, help=".toml or .json configuration")
     source.add_argument(
         "--profile", metavar="NAME", help="a shipped hardware profile, such as t4 or h200"
+    )
+    group.add_argument(
+        "--label",
+        metavar="LABEL",
+        type=text_up_to(MAX_LABEL),
+        default=LABEL,
+        help=f'the session that stored pages name, for `tiermem ls --label` ("{LABEL}")',
     )
     group.add_argument(
         "--page-tokens", type=int, choices=PAGE_TOKENS, default=64, help="tokens of a page (64)"

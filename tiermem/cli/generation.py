@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 CPU_CHUNK_TOKENS = 512
 GPU_CHUNK_TOKENS = 2048
-LABEL = "tiermem generate"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -101,7 +100,11 @@ def _run_tiered(
     choices = Choices() if options.verify else None
     writer = Writer(None if options.json else sys.stdout, subject)
     with TieredCache(
-        model, config, page_tokens=options.page_tokens, label=LABEL, progress=Progress.pinning
+        model,
+        config,
+        page_tokens=options.page_tokens,
+        label=options.label,
+        progress=Progress.pinning,
     ) as cache:
         _check_room(cache, ids.shape[1], options.max_new_tokens)
         attached = cache.attach(ids) if options.attach else 0

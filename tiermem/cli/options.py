@@ -61,6 +61,19 @@ def int_from(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def text_up_to(most_chars: int) -> Callable[[str], str]:
+    """A type of option: text of at most `most_chars` characters."""
+
+    def parse(text: str) -> str:
+        if len(text) > most_chars:
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r}... has {len(text)} characters, must be at most {most_chars}"
+            )
+        return text
+
+    return parse
+
+
 def number_from(low: float, high: float) -> Callable[[str], float]:
     """A type of option: a number from `low` to `high`, both included."""
 
