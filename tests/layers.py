@@ -94,6 +94,7 @@ LAYERS = {
         "tiermem.hand_over",
         "tiermem.lease",
         "tiermem.lookahead",
+        "tiermem.lower_pages",
         "tiermem.packed",
         "tiermem.resident",
         "tiermem.plan",

@@ -190,9 +190,11 @@ def test_a_step_that_is_undone_late_keeps_what_the_device_still_reads(
                 tokens = np.array(tokens_of(0, 9 * PAGE)[6 * PAGE :])
                 step.append(0, *kv_of(b"", tokens, 6 * PAGE, 0))
                 step.attend(0, torch.ones(3 * PAGE, 1, LAYOUT.head_dim))
-                loads = [chunk.load for chunk in step._chunks if chunk.load is not None]
+                lower = step._lower
+                assert lower is not None
+                loads = [chunk.load for chunk in lower._chunks if chunk.load is not None]
                 used.extend(weakref.ref(load.check.slices.rows) for load in loads)
-                born = step._through._born.values()
+                born = lower._through._born.values()
                 used.extend(weakref.ref(slices.rows) for slices, _ in born)
                 device.hang()
                 raise Failure

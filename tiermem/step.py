@@ -6,7 +6,7 @@ import contextlib
 import time
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,29 +14,19 @@ import torch
 from tiermem import trace
 from tiermem.attention.arguments import check_attend
 from tiermem.attention.page_lse import PageLse
-from tiermem.attention.partial_sums import PartialSums
-from tiermem.chunks import (
-    Chunk,
-    hot_tables,
-    hot_token_slots,
-    make_chunks,
-    ram_places,
-    ram_tables,
-    step_bytes,
-)
+from tiermem.chunks import hot_tables, hot_token_slots
 from tiermem.core import Core
 from tiermem.device_work import DeviceWork
 from tiermem.errors import ClosedError, TierMemError, TransferError
-from tiermem.lookahead import Lookahead
+from tiermem.lower_pages import LowerPages
 from tiermem.plan import Plan
 from tiermem.planner import make_plan, plan_resident, undo
-from tiermem.pools import Ids, Slots, Tier, as_ids
+from tiermem.pools import Ids, Tier, as_ids
 from tiermem.ram_attention import RamWork, StepBytes
 from tiermem.resident import ResidentPool, ResidentTables
 from tiermem.sequence import Sequence
 from tiermem.step_record import StepRecord
 from tiermem.upload import Upload
-from tiermem.write_through import WriteThrough
 
 
 class StepOwner(Protocol):
@@ -75,17 +65,13 @@ class Step:
         self._sequences = sequences
         self._new_tokens = new_tokens
         self._plan: Plan | None = None
-        self._chunks: list[Chunk] = []
-        self._lookahead = Lookahead(core.ring, [], 0)
-        self._ram_tables: Any = None
-        self._attended = as_ids([])
-        self._through = WriteThrough(core)
+        self._lower: LowerPages | None = None
+        """None where all pages are hot."""
         self._wanted = StepBytes(0, 0, 0)
         self._start_s = 0.0
         self._streamed_before = (0, 0)
         self._next_layer = 0
         self._resident: ResidentTables | None = None
-        self._kv: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # ---- the context -------------------------------------------------------------------------------
 
@@ -157,11 +143,8 @@ class Step:
         _require_tensor("k", k)
         _require_tensor("v", v)
         self._core.backend.store(self._core.hot, layer, k, v, self._token_slots)
-        self._kv = (k, v)
-        for i, chunk in enumerate(self._chunks):
-            if chunk.token_slots is not None:
-                self._fill(layer, i)
-                self._through.save(chunk, layer)
+        if self._lower is not None:
+            self._lower.append(layer, k, v)
         self._next_layer += 1
 
     @trace.traced("attend")
@@ -251,24 +234,18 @@ class Step:
             return
         core = self._core
         upload = Upload(core.device.torch_device)
-        in_ram: list[Slots] = []
         if not plan.is_resident:
-            self._wanted = step_bytes(core, plan)
-            in_ram = ram_places(core, plan, self._wanted)
-            self._chunks = make_chunks(core, plan, in_ram, upload)
-            self._lookahead = Lookahead(core.ring, self._chunks, core.layout.num_layers)
+            self._lower = LowerPages(core, plan, upload)
+            self._wanted = self._lower.wanted
             self._start_s = time.perf_counter()
-            self._lookahead.advance()  # the link is at work while the rest is made
+            self._lower.begin()  # the link is at work while the rest is made
         self._tables = hot_tables(core, plan, upload)
         self._token_slots = hot_token_slots(core, plan, upload)
         upload.send()
-        if plan.is_resident:
-            return
-        tables = ram_tables(core, plan, in_ram)
-        if tables is not None and self._core.ram is not None:
-            self._ram_tables = self._core.ram.tables(tables)
-            pairs = zip(plan.shares, in_ram, strict=True)
-            self._attended = np.concatenate([share.pages[places] for share, places in pairs])
+        if self._lower is not None:
+            self._lower.begin_ram(plan)
+            if self._lower.is_empty:
+                self._lower = None
 
     def _check_turn(self, layer: int, q: torch.Tensor) -> Plan:
         plan = self._running_plan()
@@ -291,69 +268,18 @@ class Step:
         """Output and lse over all pages."""
         if scale is None:
             scale = self._core.layout.head_dim**-0.5
-        if self._chunks or self._ram_tables is not None:
-            return self._attend_in_parts(layer, q, scale, window, page_lse)
+        if self._lower is not None:
+            return self._lower.attend(layer, q, self._tables, scale, window, page_lse)
         return self._core.backend.attend(
             self._core.hot, layer, q, self._tables,
             scale=scale, window=window, out_dtype=q.dtype, page_lse=page_lse,
         )  # fmt: skip
 
-    def _attend_in_parts(
-        self,
-        layer: int,
-        q: torch.Tensor,
-        scale: float,
-        window: int | None,
-        page_lse: PageLse | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Partial results over hot pages, over those in RAM and over each chunk, merged by log-sum-exp."""
-        backend, ram = self._core.backend, self._core.ram
-        begun = None
-        if ram is not None and self._ram_tables is not None:
-            check_attend(self._core.hot, q, self._tables, window)
-            begun = ram.begin(layer, q, self._ram_tables, scale, window, page_lse)
-        out, lse = backend.attend(
-            self._core.hot, layer, q, self._tables,
-            scale=scale, window=window, out_dtype=torch.float32, page_lse=page_lse,
-        )  # fmt: skip
-        sums = PartialSums(backend, out, lse)
-        for i, chunk in enumerate(self._chunks):
-            self._fill(layer, i)
-            sums.add(chunk.rows, *backend.attend(
-                self._core.ring.view, layer, q[chunk.rows], chunk.tables,
-                scale=scale, window=window, out_dtype=torch.float32,
-                page_lse=None if page_lse is None else page_lse.of_rows(chunk.rows),
-            ))  # fmt: skip
-            self._lookahead.end_use(i)
-        if ram is not None and begun is not None:
-            if damages := self._core.mover.sums.verify_attended(self._attended, layer):
-                raise self._core.mover.quarantine.report(damages)
-            sums.add(slice(0, len(q)), *ram.result(begun))
-        return sums.result(q.dtype)
-
-    def _fill(self, layer: int, i: int) -> None:
-        """Bring slices to the half of chunk `i`: old bytes from their tiers, new ones from k and v."""
-        self._lookahead.begin_use(layer, i)
-        chunk, ring = self._chunks[i], self._core.ring
-        if chunk.token_slots is None:
-            self._lookahead.advance()
-            return
-        assert self._kv is not None
-        ring.begin_write(chunk.half)
-        k, v = self._kv
-        self._core.backend.store(ring.view, layer, k[chunk.rows], v[chunk.rows], chunk.token_slots)
-
     # ---- the end -----------------------------------------------------------------------------------
 
     def _settle_ram(self) -> RamWork:
         """What was handed to the CPU has ended, well or by an error."""
-        ram = self._core.ram
-        if ram is None or self._ram_tables is None:
-            return RamWork(0, 0.0)
-        self._ram_tables = None
-        work = ram.settle()
-        self._core.mover.meter.attend(work.num_bytes, work.seconds)
-        return work
+        return RamWork(0, 0.0) if self._lower is None else self._lower.settle_ram()
 
     def _record(self, plan: Plan, work: RamWork) -> StepRecord:
         """What the step was, for whoever looks and for the share of the next ones."""
@@ -390,7 +316,7 @@ class Step:
     def _check_bytes(self, plan: Plan) -> None:
         """What the step read from lower tiers is what was stored there: waits for the device to say so."""
         core = self._core
-        checks = [*plan.checks, *(chunk.load.check for chunk in self._chunks if chunk.load)]
+        checks = [*plan.checks, *(self._lower.checks() if self._lower is not None else ())]
         if checks:
             core.device.compute_stream().record().wait()
         if damages := [damage for check in checks for damage in check.damages()]:
@@ -402,7 +328,8 @@ class Step:
     def _commit(self, plan: Plan) -> Ids:
         """The tokens become part of their sequences; pages that continued others replace them."""
         core = self._core
-        self._through.commit(self._chunks)
+        if self._lower is not None:
+            self._lower.commit()
         fulls, full_pages = [], [as_ids([])]
         for share in plan.shares:
             fulls.append((share.past_tokens + share.new_tokens) // core.layout.page_tokens)
@@ -423,7 +350,8 @@ class Step:
         """Hand the pins to the list of work in flight. `replaced` is None where the step is undone."""
         core = self._core
         self._plan = None
-        self._kv = None
+        if self._lower is not None:
+            self._lower.drop_new()
         core.ring.drop_ahead()
         if replaced is not None:
             event = core.device.compute_stream().record()
@@ -435,7 +363,7 @@ class Step:
             return
         with contextlib.suppress(TransferError):  # the step has failed already
             self._settle_ram()
-        undo(core, plan, self._chunks, self._through)
+        undo(core, plan, self._lower)
         if core.mover.quarantine.is_waiting:
             core.in_flight.drain()  # steps that ended before may still hold the same copies
             core.drop_damaged()
