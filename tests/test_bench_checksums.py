@@ -264,7 +264,7 @@ def test_the_kernel_finds_damage_on_a_gpu(bench: Run, monkeypatch: pytest.Monkey
     on_gpu = Run(device, Scale.QUICK, bench.ceilings, bench.directory, 1 << 20, lambda _: None)
     monkeypatch.setattr(Run, "pick", lambda *_, **__: 8 << 20)
     try:
-        layout = PageLayout(8, 1, 128, "float16", 256)
+        layout = PageLayout(8, 2, 128, "float16", 128)
         turns = checksum_rates._kernel(on_gpu, layout, 8 * layout.page_bytes)
         assert len(turns.with_s) == len(turns.without_s) == 2 * on_gpu.repeats
         monkeypatch.setattr(type(device), "verify_slices", _nothing)

@@ -1,9 +1,14 @@
 #include "tiermem/checksum.h"
 
+#include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -24,6 +29,16 @@ struct BlockSums {
   std::uint64_t s1 = 0;
   std::uint64_t s2 = 0;
 };
+
+// As plain reads do: the prefetch of the hardware stops at every border of 4 KiB. Prefetching past
+// the end does no harm.
+constexpr std::size_t kAheadBytes = 8 << 10;
+
+void prefetch(const std::byte* source) { __builtin_prefetch(source + kAheadBytes, 0, 2); }
+
+// Of pages that come from a disk several at a time: the last ones would wait for one thread.
+constexpr std::size_t kMaxThreads = 4;
+constexpr std::size_t kThreadBytes = 4 << 20;
 
 // Sums over the first `num_words` whole words of a block.
 using BlockFunction = BlockSums (*)(const std::byte* block, std::size_t num_words);
@@ -88,6 +103,7 @@ __attribute__((target("avx2"))) BlockSums sum_avx2(const std::byte* block, std::
   __m256i s2_high = s1;
   for (std::size_t i = 0; i < end; i += lanes) {
     const auto* source = reinterpret_cast<const __m256i*>(block + i * kWordBytes);
+    if (i % (2 * lanes) == 0) prefetch(block + i * kWordBytes);  // once a line
     const __m256i word = _mm256_loadu_si256(source);
     const __m256i key = _mm256_load_si256(reinterpret_cast<const __m256i*>(&kTables.keys[i]));
     const __m256i multiplier =
@@ -123,6 +139,7 @@ __attribute__((target("avx512f"))) BlockSums sum_avx512(const std::byte* block,
   __m512i s2_low = s1;
   __m512i s2_high = s1;
   for (std::size_t i = 0; i < end; i += lanes) {
+    prefetch(block + i * kWordBytes);
     const __m512i word = _mm512_loadu_si512(block + i * kWordBytes);
     const __m512i key = _mm512_load_si512(&kTables.keys[i]);
     const __m512i multiplier = _mm512_load_si512(&kTables.multipliers[i]);
@@ -230,9 +247,23 @@ void checksum_pages(std::span<const std::byte* const> pages, std::size_t slice_b
   const BlockFunction function = require_block_function(path);
   if (pages.empty()) return;
   const std::size_t slices = sums.size() / pages.size();
-  for (std::size_t p = 0; p < pages.size(); ++p) {
-    fill_slices(function, pages[p], slice_bytes, sums.subspan(p * slices, slices));
+  std::atomic<std::size_t> next = 0;
+  const auto work = [&] {
+    for (std::size_t i = next++; i < sums.size(); i = next++) {
+      sums[i] = checksum_with(function, pages[i / slices] + i % slices * slice_bytes, slice_bytes);
+    }
+  };
+  std::vector<std::jthread> helpers;
+  const std::size_t most =
+      std::min<std::size_t>(kMaxThreads, std::max(1U, std::thread::hardware_concurrency()));
+  try {
+    while (helpers.size() + 1 < std::min(most, sums.size() * slice_bytes / kThreadBytes)) {
+      helpers.emplace_back(work);
+    }
+  } catch (const std::system_error&) {
+    // no more threads are to be had: those that are there do it
   }
+  work();
 }
 
 }  // namespace tiermem

@@ -60,6 +60,20 @@ void test_slices_and_pages() {
   tiermem::checksum_pages({}, 1000, {});
 }
 
+void test_pages_that_several_threads_share() {
+  constexpr std::size_t slice = (1 << 20) + 24;
+  constexpr std::size_t slices = 5;
+  std::mt19937_64 random(7);
+  const auto data = random_bytes(random, 3 * slices * slice);
+  const std::vector<const std::byte*> pages = {&data[2 * slices * slice], &data[0],
+                                               &data[slices * slice]};
+  std::vector<std::uint64_t> sums(pages.size() * slices);
+  tiermem::checksum_pages(pages, slice, sums);
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    CHECK(sums[i] == tiermem::checksum(pages[i / slices] + i % slices * slice, slice));
+  }
+}
+
 void test_unsupported_paths_are_refused() {
   for (const ChecksumPath path : kPaths) {
     if (tiermem::checksum_path_supported(path)) continue;
@@ -75,6 +89,7 @@ int main() {
   test_paths_agree_at_every_length_and_alignment();
   test_fixed_vectors();
   test_slices_and_pages();
+  test_pages_that_several_threads_share();
   test_unsupported_paths_are_refused();
   return tiermem_test::report("checksum");
 }

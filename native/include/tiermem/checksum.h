@@ -68,7 +68,8 @@ void checksum_slices(const std::byte* data, std::size_t slice_bytes, std::span<s
                      ChecksumPath path = ChecksumPath::automatic);
 
 // Row p of `sums` (row-major, one row of sums.size() / pages.size() slices each) becomes the
-// checksums of the consecutive slices of the page at pages[p].
+// checksums of the consecutive slices of the page at pages[p]. Large ones are shared with up to
+// three more threads, which have ended when it returns.
 // REQUIRES: sums.size() is a multiple of pages.size(), both zero or both not; as checksum.
 void checksum_pages(std::span<const std::byte* const> pages, std::size_t slice_bytes,
                     std::span<std::uint64_t> sums, ChecksumPath path = ChecksumPath::automatic);
