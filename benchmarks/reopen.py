@@ -1,18 +1,18 @@
 """How long does a store of a million pages take to open again, and how much memory is a page?
 
-An index as it is after a million pages were published in random order, the payload never written nor read. Each
-opening is a process of its own: store, page table and prefix index, as a manager makes them. Memory is what the
-process resides in afterwards, less before.
+An index as it is after a million pages were published in random order and most were used since, the payload never
+written nor read; from the page cache, since it was just made. Each opening is a process of its own: store, page
+table and prefix index, as a manager makes them. Memory is what the process resides in afterwards, less before.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import random
-import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,14 +29,17 @@ from tiermem.prefix import Prefixes
 from tiermem.store import ColdStore
 from tiermem.store_files import cap_of, index_bytes
 from tiermem.store_names import ChainRoot
-from tiermem.store_records import ROOT, Entry, number_key, pack_root, page_key
+from tiermem.store_records import ENTRY_ROW, PAGE, ROOT, number_key, pack_root, page_key
 
 NAME = "reopen"
 LAYOUT = PageLayout(1, 1, 16, "float16", 16)
 CHAIN_PAGES = 100
-BATCH = 50_000
+LATER_COMMITS = 3
+"""Of a twentieth of the pages each, in any order: so each writes most of the tree anew."""
 BUDGET_S = 2.0
 BUDGET_BYTES = 200.0
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Processes begin as copies of one that has imported everything and done nothing yet."""
 
 
 def compare(place: Place) -> Iterator[Result]:
@@ -44,6 +47,7 @@ def compare(place: Place) -> Iterator[Result]:
     num_pages = 20_000 if place.is_quick else 1_000_000
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "store"
+        CONTEXT.set_forkserver_preload([Path(__file__).stem])
         make(path, num_pages)
         runs = [opened(path, num_pages) for _ in range(2 if place.is_quick else 3)]
     wanted = (
@@ -60,32 +64,50 @@ def compare(place: Place) -> Iterator[Result]:
 
 
 def make(path: Path, num_pages: int) -> None:
-    """A store whose index names `num_pages` pages in chains, written in random order."""
+    """A store whose index names `num_pages` pages in chains: put in random order, then used again."""
     ColdStore(path, LAYOUT, cap_of(LAYOUT, num_pages), "auto", 60.0).close()
     rng = random.Random(1)
     root = ChainRoot.of(_core.PrefixIndex.root_hash([b"reopen"]), "", (0, 1), b"")
-    keys = [rng.randbytes(32) for _ in range(num_pages)]
-    order = list(range(num_pages))
-    rng.shuffle(order)
+    records = records_of(rng, num_pages, root)
     with lmdb.open(
         str(path / "index"), map_size=index_bytes(num_pages), lock=False, sync=False
     ) as environment:
-        for start in range(0, num_pages, BATCH):
-            with environment.begin(write=True) as transaction:
-                transaction.put(number_key(ROOT, 1), pack_root(1, root))
-                for i in order[start : start + BATCH]:
-                    position = i % CHAIN_PAGES
-                    parent = keys[i - 1] if position else root.hash
-                    entry = Entry(i, position, i + 1, i, parent, 1, last_use_s=i // CHAIN_PAGES)
-                    transaction.put(page_key(keys[i]), entry.pack(keys[i]))
+        with environment.begin(write=True) as transaction:
+            transaction.put(number_key(ROOT, 1), pack_root(1, root))
+        put(environment, rng.sample(records, num_pages))
+        for _ in range(LATER_COMMITS):  # leave the pages of the tree before them free
+            put(environment, rng.sample(records, num_pages // 20))
+
+
+def records_of(rng: random.Random, num_pages: int, root: ChainRoot) -> list[tuple[bytes, bytes]]:
+    """Key and value of each page's record, made at once: a million of `Entry` would take longer than all else."""
+    rows = np.zeros(num_pages, dtype=ENTRY_ROW)
+    numbers = np.arange(num_pages)
+    rows["kind"], rows["key"] = PAGE, np.frombuffer(rng.randbytes(32 * num_pages), dtype="V32")
+    entries = rows["entry"]
+    entries["slot"] = entries["checksum"] = numbers
+    entries["position"], entries["generation"] = numbers % CHAIN_PAGES, numbers + 1
+    entries["parent"][1:] = rows["key"][:-1]
+    entries["parent"][::CHAIN_PAGES] = np.void(root.hash)
+    entries["root"], entries["last_use_s"] = 1, numbers // CHAIN_PAGES
+    raw, width = rows.tobytes(), ENTRY_ROW.itemsize
+    entries["crc"] = [zlib.crc32(raw[i : i + width - 4]) for i in range(0, len(raw), width)]
+    raw, key_bytes = rows.tobytes(), len(page_key(bytes(32)))
+    return [
+        (raw[i : i + key_bytes], raw[i + key_bytes : i + width]) for i in range(0, len(raw), width)
+    ]
+
+
+def put(environment: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
+    """One commit."""
+    with environment.begin(write=True) as transaction, transaction.cursor() as cursor:
+        cursor.putmulti(records)
 
 
 def opened(path: Path, num_pages: int) -> dict[str, float]:
     """Seconds and bytes a page of one opening in a process of its own."""
-    command = [sys.executable, __file__, "--open", str(path), str(num_pages)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    figures: dict[str, float] = json.loads(done.stdout)
-    return figures
+    with CONTEXT.Pool(1) as pool:
+        return pool.apply(open_once, (path, num_pages))
 
 
 def open_once(path: Path, num_pages: int) -> dict[str, float]:
@@ -110,7 +132,4 @@ def open_once(path: Path, num_pages: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--open"]:
-        json.dump(open_once(Path(sys.argv[2]), int(sys.argv[3])), sys.stdout)
-    else:
-        sys.exit(main(__doc__, compare))
+    sys.exit(main(__doc__, compare))

@@ -48,10 +48,21 @@ bool insert(PrefixIndex& index, const nb::bytes& parent, const nb::bytes& key, s
   return index.insert(digest_of("parent", parent), digest_of("key", key), page, position);
 }
 
-auto insert_many(PrefixIndex& index, const HashesIn& parents, const HashesIn& keys,
+// Hashes that need not lie right behind each other: columns of wider rows.
+using HashColumn =
+    nb::ndarray<const std::uint8_t, nb::shape<-1, sizeof(tiermem::Digest)>, nb::device::cpu>;
+
+tiermem::KeyRows rows_of(const char* name, const HashColumn& column) {
+  if (column.stride(1) != 1 || column.stride(0) < 0) {
+    throw nb::value_error((std::string(name) + ": the bytes of a hash must follow each other").c_str());
+  }
+  return {column.data(), column.shape(0), static_cast<std::size_t>(column.stride(0))};
+}
+
+auto insert_many(PrefixIndex& index, const HashColumn& parents, const HashColumn& keys,
                  const Ids& pages, const Ids& positions) {
-  return to_array<std::int64_t>(
-      index.insert_many(hashes_of(parents), hashes_of(keys), span_of(pages), span_of(positions)));
+  return to_array<std::int64_t>(index.insert_many(
+      rows_of("parents", parents), rows_of("keys", keys), span_of(pages), span_of(positions)));
 }
 
 auto names(const PrefixIndex& index, const Ids& pages) {

@@ -230,6 +230,8 @@ class PrefixIndex:
     ) -> Int64s:
         """Inserts the entries of a store that is reopened, in any order.
 
+        Parents and keys may be columns of wider rows.
+
         Returns the pages that were not taken: a key that was taken, no page before them, or a wrong
         position. ``InvariantError``: a page that has a name, or is given twice.
         """

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tiermem import _core
 from tiermem.layout import PageLayout
 from tiermem.pools import Ids, Tier
-from tiermem.store import ColdStore
+from tiermem.store import ColdStore, StoredPages
 from tiermem.store_names import (
     KEY_BYTES,
     NO_ROOT,
@@ -162,11 +162,18 @@ class Prefixes:
     # ---- a store that is opened again --------------------------------------------------------------
 
     def _adopt(self, store: ColdStore) -> None:
-        stored = store.index.take_stored()
-        ids = self._table.create_stored(Tier.SSD, stored.slots)
+        self._take_over(store.index.take_stored())
+        if len(self) >= MANY_PAGES:
+            _give_memory_back()
+
+    def _take_over(self, stored: StoredPages) -> None:
+        created = self._table.create_stored(Tier.SSD, stored.slots[stored.order])
+        ids = np.empty_like(created)
+        ids[stored.order] = created
         self._reserve(ids)
-        rises = np.diff(stored.last_use_s, prepend=stored.last_use_s[:1]) > 0  # they ascend
-        self._last_use[ids & INDEX_MASK] = np.cumsum(rises)
+        last_use_s = stored.last_use_s[stored.order]
+        rises = np.diff(last_use_s, prepend=last_use_s[:1]) > 0
+        self._last_use[created & INDEX_MASK] = np.cumsum(rises)
         self._clock = int(rises.sum())
         places = [self._origin_place(root, label) for root, label in stored.names]
         self._origin[ids & INDEX_MASK] = np.array(places, dtype=np.int32)[stored.origins]
@@ -174,9 +181,6 @@ class Prefixes:
         self._unpublish(orphans, stored.keys[np.isin(ids, orphans)])
         if self._index.raise_parents(self._last_use):
             self._table.touch(self.pages())
-        if len(ids) >= MANY_PAGES:
-            del stored
-            _give_memory_back()
 
     # ---- inside ------------------------------------------------------------------------------------
 

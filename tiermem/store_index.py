@@ -10,7 +10,6 @@ import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import lmdb
 import numpy as np
@@ -46,6 +45,8 @@ _KEY = slice(1, 1 + KEY_BYTES)
 _PARENT = slice(1 + KEY_BYTES + 24, 1 + 2 * KEY_BYTES + 24)
 """Where the hashes are in a row of ENTRY_ROW."""
 SECOND_NS = 1_000_000_000
+MAX_CODES = 1 << 22
+"""Of pairs of a root and a label that are marked in a table."""
 
 Records = Mapping[bytes, bytes | None]
 """What LMDB is to hold, by key; None for what is to be deleted."""
@@ -53,13 +54,15 @@ Records = Mapping[bytes, bytes | None]
 
 @dataclass(frozen=True, slots=True)
 class StoredPages:
-    """The index at opening, in the order in which pages may go: least recently used first, leaves before parents.
+    """The index at opening. Arrays of equal length.
 
-    Arrays of equal length; `origins` are places in `names`: root and label of each page.
+    `order` are places in the other ones, as pages may go: least recently used first, leaves before parents.
+    `origins` are places in `names`: root and label of each page.
     """
 
-    keys: NDArray[np.uint8]  # (n, 32)
-    parents: NDArray[np.uint8]  # (n, 32)
+    order: Int64s
+    keys: NDArray[np.uint8]  # (n, 32), and
+    parents: NDArray[np.uint8]  # (n, 32): columns of wider rows
     slots: Int64s
     positions: Int64s
     last_use_s: Int64s  # seconds since 1970
@@ -318,30 +321,25 @@ class StoreIndex:
 
     def _adopt(self, image: IndexImage) -> StoredPages:
         """Take over what an index said; delete what makes no sense in a store of so many slots."""
-        every = image.entries["entry"]
-        # by last use, and among equals leaves before parents
-        ages = every["last_use_s"].astype(np.int64) << 31
-        order = np.argsort(ages - every["position"].astype(np.int64))
-        kept = order[self._is_kept(every)[order]]
-
-        def column(name: str, dtype: type[np.generic] = np.int64) -> NDArray[Any]:
-            return every[name].astype(dtype)[kept]
-
-        slots = column("slot")
-        self.generations[slots] = column("generation", np.uint64)
-        self.checksums[slots] = column("checksum", np.uint64)
+        kept = self._is_kept(image.entries["entry"])
+        rows = image.entries if kept.all() else image.entries[kept]
+        entries = rows["entry"]
+        slots, positions = entries["slot"].astype(np.int64), entries["position"].astype(np.int64)
+        last_use_s = entries["last_use_s"].astype(np.int64)
+        self.generations[slots] = entries["generation"]
+        self.checksums[slots] = entries["checksum"]
         self._published[slots] = True
-        unique, origins = np.unique(column("root") << 32 | column("label"), return_inverse=True)
-        pairs = [(int(pair) >> 32, int(pair) & (2**32 - 1)) for pair in unique]
-        self._delete_strays(image, kept, pairs)
-        raw = np.ascontiguousarray(image.entries).view(np.uint8).reshape(-1, ENTRY_ROW.itemsize)
+        pairs, origins = _distinct(entries["root"], entries["label"])
+        self._delete_strays(image, ~kept, pairs)
+        raw = rows.view(np.uint8).reshape(-1, ENTRY_ROW.itemsize)
         return StoredPages(
-            keys=raw[:, _KEY][kept],
-            parents=raw[:, _PARENT][kept],
+            order=np.argsort((last_use_s << 31) - positions),
+            keys=raw[:, _KEY],
+            parents=raw[:, _PARENT],
             slots=slots,
-            positions=column("position"),
-            last_use_s=column("last_use_s"),
-            origins=origins.astype(np.int32),
+            positions=positions,
+            last_use_s=last_use_s,
+            origins=origins,
             names=tuple(
                 (image.roots.get(root, NO_ROOT), image.labels.get(label, ""))
                 for root, label in pairs
@@ -363,11 +361,11 @@ class StoreIndex:
         kept[places] = last[slots] == places
         return kept
 
-    def _delete_strays(self, image: IndexImage, kept: Int64s, pairs: list[tuple[int, int]]) -> None:
-        """Delete what is not kept, and the roots and labels that are not among `pairs`."""
+    def _delete_strays(
+        self, image: IndexImage, dropped: NDArray[np.bool_], pairs: list[tuple[int, int]]
+    ) -> None:
+        """Delete what is dropped, and the roots and labels that are not among `pairs`."""
         now_ns = time.time_ns()
-        dropped = np.ones(len(image.entries), dtype=np.bool_)
-        dropped[kept] = False
         for row in image.entries[dropped]:
             key = row["key"].tobytes()
             self._pending[page_key(key)] = None
@@ -378,3 +376,24 @@ class StoreIndex:
         self._pending.update(dict.fromkeys([*image.strays, *unused]))
         self._roots = {key: n for key, n in self._roots.items() if n in roots}
         self._labels = {label: n for label, n in self._labels.items() if n in labels}
+
+
+def _distinct(
+    roots: NDArray[np.uint32], labels: NDArray[np.uint32]
+) -> tuple[list[tuple[int, int]], NDArray[np.int32]]:
+    """The pairs of a root's and a label's number that there are, and the place of each page's among them."""
+    width = int(labels.max(initial=0)) + 1
+    most = int(roots.max(initial=0)) * width + width - 1
+    if most >= MAX_CODES:
+        numbers = roots.astype(np.uint64) << np.uint64(32) | labels
+        unique, inverse = np.unique(numbers, return_inverse=True)
+        return [divmod(int(number), 2**32) for number in unique], inverse.astype(np.int32)
+    codes = (
+        roots.astype(np.int64) * width + labels
+    )  # marked: sorting takes longer than all else here
+    is_there = np.zeros(most + 1, dtype=np.bool_)
+    is_there[codes] = True
+    there = np.flatnonzero(is_there)
+    places = np.zeros(most + 1, dtype=np.int32)
+    places[there] = np.arange(len(there))
+    return [divmod(int(code), width) for code in there], places[codes]

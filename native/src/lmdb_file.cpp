@@ -1,95 +1,27 @@
-// The walk over an LMDB file. Every offset is checked before it is followed.
+// The walk over an LMDB file, level by level.
 #include "tiermem/lmdb_file.h"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
+#include <memory>
+#include <mutex>
+#include <numeric>
 #include <string>
 #include <utility>
+
+#include "lmdb_page.h"
 
 namespace tiermem {
 namespace {
 
-constexpr std::size_t kPageHeader = 16;
-constexpr std::size_t kNodeHeader = 8;
-constexpr std::size_t kMetaEnd = 152;
-constexpr std::size_t kMinPage = 4096;  // smaller ones are legal, but no machine of ours makes them
-constexpr std::size_t kMaxPage = 65536;
+using namespace lmdb;
+
 constexpr std::size_t kMaxKey = 511;
-constexpr std::uint32_t kMagic = 0xbeefc0de;
-constexpr std::uint32_t kVersion = 1;
-constexpr std::uint64_t kNoPage = ~std::uint64_t{0};
-constexpr std::uint16_t kBranch = 1, kLeaf = 2, kOverflow = 4, kMeta = 8;  // page flags
-constexpr std::uint16_t kBigValue = 1;                                     // node flags
-constexpr std::uint16_t kIntegerKeys = 8;                                  // tree flags
 constexpr int kMaxDepth = 32;
-constexpr std::uint64_t kFirstPage = 2;  // behind the meta pages
-
-template <class Number>
-Number number_at(ConstBytes bytes, std::size_t offset) {
-  Number number = 0;
-  std::memcpy(&number, bytes.data() + offset, sizeof(number));
-  return number;
-}
-
-[[noreturn]] void damaged(const std::string& what) { throw DamagedFile(what); }
-
-struct Tree {
-  std::uint16_t flags = 0;
-  std::uint16_t depth = 0;
-  std::uint64_t branches = 0;
-  std::uint64_t leaves = 0;
-  std::uint64_t overflows = 0;
-  std::uint64_t entries = 0;
-  std::uint64_t root = kNoPage;
-};
-
-struct Meta {
-  std::uint64_t page_bytes = 0;
-  Tree free;
-  Tree main;
-  std::uint64_t last_page = 0;
-  std::uint64_t transaction = 0;
-};
-
-Tree tree_at(ConstBytes page, std::size_t offset) {
-  const auto word = [&](std::size_t i) {
-    return number_at<std::uint64_t>(page, offset + 8 + 8 * i);
-  };
-  return {number_at<std::uint16_t>(page, offset + 4), number_at<std::uint16_t>(page, offset + 6),
-          word(0), word(1), word(2), word(3), word(4)};
-}
-
-Meta meta_at(ConstBytes file, std::uint64_t number, std::uint64_t page_bytes) {
-  const std::uint64_t start = number * page_bytes;
-  if (file.size() < start + kMetaEnd) damaged("the file ends in its meta pages");
-  const ConstBytes page = file.subspan(start);
-  if (number_at<std::uint64_t>(page, 0) != number || number_at<std::uint16_t>(page, 10) != kMeta ||
-      number_at<std::uint32_t>(page, 16) != kMagic ||
-      number_at<std::uint32_t>(page, 20) != kVersion) {
-    damaged("page " + std::to_string(number) + " is not a meta page of LMDB's data version 1");
-  }
-  Meta meta;
-  meta.page_bytes = number_at<std::uint32_t>(page, 40);
-  meta.free = tree_at(page, 40);
-  meta.main = tree_at(page, 88);
-  meta.last_page = number_at<std::uint64_t>(page, 136);
-  meta.transaction = number_at<std::uint64_t>(page, 144);
-  return meta;
-}
-
-// Both, the one in force first. Of equal transactions LMDB takes the first page.
-std::array<Meta, 2> metas_in(ConstBytes file) {
-  const Meta first = meta_at(file, 0, 0);
-  const std::uint64_t size = first.page_bytes;
-  if (size < kMinPage || size > kMaxPage || (size & (size - 1)) != 0) {
-    damaged("pages of " + std::to_string(size) + " bytes");
-  }
-  const Meta second = meta_at(file, 1, size);
-  if (second.page_bytes != size) damaged("the meta pages differ in the size of a page");
-  if (first.transaction < second.transaction) return {second, first};
-  return {first, second};
-}
+// What one thread reads at once: it stays in the cache until it is verified. Gaps are read along:
+// a request costs as much as some pages do.
+constexpr std::size_t kReadBytes = std::size_t{256} << 10;
+constexpr std::uint64_t kMaxGapBytes = 32 << 10;
 
 int compare(ConstBytes a, ConstBytes b) {
   const int order = std::memcmp(a.data(), b.data(), std::min(a.size(), b.size()));
@@ -103,205 +35,230 @@ int compare_numbers(ConstBytes a, ConstBytes b) {
   return x == y ? 0 : (x < y ? -1 : 1);
 }
 
-// One node of a branch or leaf page, inside its page.
-struct Node {
-  std::size_t start = 0;
-  std::size_t end = 0;  // rounded up to even, as nodes are
-  std::uint32_t size = 0;
-  std::uint64_t child = 0;
-  std::uint16_t flags = 0;
-  ConstBytes key;
-  std::size_t value = 0;  // where it starts in the page
+std::vector<std::uint8_t> copy_of(ConstBytes bytes) { return {bytes.begin(), bytes.end()}; }
+
+// A page of a tree, and which keys may be below it: from `low` to below `high`; empty: any.
+struct Place {
+  std::uint64_t page = 0;
+  ConstBytes low{};
+  ConstBytes high{};
+};
+
+// What a thread needs to look at pages; used again by the next one.
+struct Desk {
+  std::unique_ptr<std::uint8_t[]> bytes;
+  NodeReader nodes;
+};
+
+class Desks {
+ public:
+  std::unique_ptr<Desk> take() {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!free_.empty()) {
+        std::unique_ptr<Desk> desk = std::move(free_.back());
+        free_.pop_back();
+        return desk;
+      }
+    }
+    auto desk = std::make_unique<Desk>();
+    desk->bytes = std::make_unique_for_overwrite<std::uint8_t[]>(kReadBytes);
+    return desk;
+  }
+
+  void give_back(std::unique_ptr<Desk> desk) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(desk));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Desk>> free_;  // guarded by mutex_
 };
 
 class FileWalk {
  public:
-  FileWalk(ConstBytes file, std::uint64_t max_pages, const RecordVisitor& visit)
-      : file_(file), visit_(visit), meta_(metas_in(file)[0]) {
+  FileWalk(const LmdbSource& source, std::uint64_t max_pages, RowShape shape, WorkerTeam& team)
+      : source_(source), shape_(shape), team_(team), meta_(metas_in(source.head)[0]) {
     if (meta_.last_page < 1 || meta_.last_page >= max_pages) {
       damaged("last page " + std::to_string(meta_.last_page) + " of at most " +
               std::to_string(max_pages));
     }
+    num_pages_ = source.num_bytes / meta_.page_bytes;
     seen_.resize(meta_.last_page + 1);
     seen_[0] = seen_[1] = 1;
   }
 
-  std::uint64_t run() {
+  LmdbContent run() {
     if (meta_.free.flags != kIntegerKeys || meta_.main.flags != 0) damaged("flags of a tree");
-    walk(meta_.main, compare, [this](ConstBytes key, ConstBytes value) { visit_(key, value); });
-    walk(meta_.free, compare_numbers,
-         [this](ConstBytes key, ConstBytes value) { add_free(key, value); });
-    const std::uint64_t whole = file_.size() / meta_.page_bytes;
-    for (std::uint64_t page = whole; page <= meta_.last_page; ++page) {
+    LmdbContent content;
+    content.transaction = meta_.transaction;
+    Count main{meta_.main, compare, shape_, 2};
+    walk(main);
+    std::sort(main.others.begin(), main.others.end());
+    content.rows = std::move(main.rows);
+    content.others = std::move(main.others);
+    Count free{meta_.free, compare_numbers, {}, 1};
+    walk(free);
+    for (const auto& [key, value] : free.others) add_free(key, value);
+    for (std::uint64_t page = num_pages_; page <= meta_.last_page; ++page) {
       if (seen_[page] == 0) damaged("page " + std::to_string(page) + " is behind the file's end");
     }
-    return meta_.transaction;
+    return content;
   }
 
  private:
   using Compare = int (*)(ConstBytes, ConstBytes);
+  using Consume = std::function<void(std::size_t i, ConstBytes page, Desk& desk)>;
 
-  // What a walk through one tree has counted so far.
+  // One tree: what its meta page says, and what was found in it so far.
   struct Count {
     const Tree& tree;
     Compare order;
-    const RecordVisitor& visit;
+    RowShape shape;
+    std::size_t least_children;  // of a branch page
     std::uint64_t branches = 0;
-    std::uint64_t leaves = 0;
-    std::uint64_t overflows = 0;
+    std::uint64_t overflows = 0;  // guarded by mutex_, as all below
     std::uint64_t entries = 0;
-    ConstBytes last{};  // the key before
-    bool is_main = false;
+    LmdbRows rows{};  // but these
+    std::vector<LmdbContent::Record> others{};
+
+    bool has_numbers() const { return order == compare_numbers; }
   };
 
-  void walk(const Tree& tree, Compare order, const RecordVisitor& visit) {
-    Count count{tree, order, visit};
-    count.is_main = &tree == &meta_.main;
+  // ---- trees -----------------------------------------------------------------------------------
+
+  void walk(Count& count) {
+    const Tree& tree = count.tree;
+    std::size_t num_leaves = 0;
     if (tree.root == kNoPage) {
       if (tree.depth != 0) damaged("a tree without a root is not empty");
     } else {
       if (tree.depth < 1 || tree.depth > kMaxDepth) damaged("depth of a tree");
-      descend(count, tree.root, 1, nullptr, nullptr);
+      std::vector<std::vector<std::uint8_t>> levels;  // the bytes that keys in places lie in
+      std::vector<Place> places{{tree.root}};
+      for (int depth = 1; depth < tree.depth; ++depth) {
+        places = below(count, places, levels.emplace_back());
+      }
+      num_leaves = places.size();
+      read_leaves(count, places);
     }
-    if (count.branches != tree.branches || count.leaves != tree.leaves ||
+    if (count.branches != tree.branches || num_leaves != tree.leaves ||
         count.overflows != tree.overflows || count.entries != tree.entries) {
       damaged("a tree does not have the pages and entries that its meta page names");
     }
   }
 
-  // Verifies the page and all below it: keys are at least *low and below *high.
-  void descend(Count& count, std::uint64_t number, int depth, const ConstBytes* low,
-               const ConstBytes* high) {
-    const ConstBytes page = take_page(number);
-    const bool is_leaf = depth == count.tree.depth;
-    if (number_at<std::uint16_t>(page, 10) != (is_leaf ? kLeaf : kBranch)) bad_page(number);
-    const std::vector<Node> nodes = nodes_of(page, number, is_leaf);
-    if (nodes.size() < (is_leaf || !count.is_main ? 1U : 2U)) bad_page(number);
-    ++(is_leaf ? count.leaves : count.branches);
-    if (!is_leaf) {
-      check_separators(count, nodes, low, high, number);
-      for (std::size_t i = 0; i < nodes.size(); ++i) {
-        const ConstBytes* from = i == 0 ? low : &nodes[i].key;
-        const ConstBytes* to = i + 1 < nodes.size() ? &nodes[i + 1].key : high;
-        descend(count, nodes[i].child, depth + 1, from, to);
+  // The pages below these branch pages, which are left in `bytes`.
+  std::vector<Place> below(Count& count, const std::vector<Place>& places,
+                           std::vector<std::uint8_t>& bytes) {
+    const std::size_t size = meta_.page_bytes;
+    take_pages(places);
+    bytes.resize(places.size() * size);
+    read_pages(places, [&](std::size_t i, ConstBytes page, Desk&) {
+      std::memcpy(bytes.data() + i * size, page.data(), size);
+    });
+    count.branches += places.size();
+    std::vector<Place> next;
+    NodeReader reader;
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      const ConstBytes page = ConstBytes(bytes).subspan(i * size, size);
+      const auto& nodes = reader.nodes_of(page, places[i].page, false);
+      if (nodes.size() < count.least_children) bad_page(places[i].page);
+      check_separators(count, nodes, places[i]);
+      for (std::size_t n = 0; n < nodes.size(); ++n) {
+        const ConstBytes low = n == 0 ? places[i].low : nodes[n].key;
+        const ConstBytes high = n + 1 < nodes.size() ? nodes[n + 1].key : places[i].high;
+        next.push_back({nodes[n].child, low, high});
       }
-      return;
     }
-    for (const Node& node : nodes) {
-      check_key(count, node.key, low, high, number);
-      visit_leaf(count, node, page, number);
-    }
+    return next;
   }
 
   // The first key of a branch stands for everything below the second; its bytes mean nothing.
-  void check_separators(const Count& count, const std::vector<Node>& nodes, const ConstBytes* low,
-                        const ConstBytes* high, std::uint64_t number) const {
+  static void check_separators(const Count& count, const std::vector<Node>& nodes,
+                               const Place& place) {
     for (std::size_t i = 1; i < nodes.size(); ++i) {
-      check_bounds(count, nodes[i].key, low, high, number);
-      if (i > 1 && count.order(nodes[i - 1].key, nodes[i].key) >= 0) bad_page(number);
+      check_bounds(count, nodes[i].key, place);
+      if (i > 1 && count.order(nodes[i - 1].key, nodes[i].key) >= 0) bad_page(place.page);
     }
   }
 
-  void check_key(Count& count, ConstBytes key, const ConstBytes* low, const ConstBytes* high,
-                 std::uint64_t number) {
-    check_bounds(count, key, low, high, number);
-    if (count.entries > 0 && count.order(count.last, key) >= 0) bad_page(number);
-    ++count.entries;
-    count.last = key;
-  }
-
-  void check_bounds(const Count& count, ConstBytes key, const ConstBytes* low,
-                    const ConstBytes* high, std::uint64_t number) const {
-    if (key.empty() || key.size() > kMaxKey || (!count.is_main && key.size() != 8)) {
-      bad_page(number);
+  static void check_bounds(const Count& count, ConstBytes key, const Place& place) {
+    if (key.empty() || key.size() > kMaxKey || (count.has_numbers() && key.size() != 8)) {
+      bad_page(place.page);
     }
-    if (low != nullptr && count.order(key, *low) < 0) bad_page(number);
-    if (high != nullptr && count.order(key, *high) >= 0) bad_page(number);
+    if (!place.low.empty() && count.order(key, place.low) < 0) bad_page(place.page);
+    if (!place.high.empty() && count.order(key, place.high) >= 0) bad_page(place.page);
   }
 
-  void visit_leaf(Count& count, const Node& node, ConstBytes page, std::uint64_t number) {
+  // ---- leaves ----------------------------------------------------------------------------------
+
+  // The keys of a leaf lie between those of its place, which ascend from leaf to leaf: so all do.
+  void read_leaves(Count& count, const std::vector<Place>& places) {
+    take_pages(places);
+    count.rows = LmdbRows(count.shape, places.size(), meta_.page_bytes);
+    read_pages(places, [&](std::size_t i, ConstBytes page, Desk& desk) {
+      read_leaf(count, i, places[i], page, desk);
+    });
+    count.rows.close_gaps();
+  }
+
+  // Key and value. REQUIRES: the value is in the page.
+  static ConstBytes record_at(const Node& node) {
+    return {node.key.data(), node.key.size() + node.size};
+  }
+
+  void read_leaf(Count& count, std::size_t leaf, const Place& place, ConstBytes page, Desk& desk) {
+    const auto& nodes = desk.nodes.nodes_of(page, place.page, true);
+    if (nodes.empty()) bad_page(place.page);
+    std::vector<const Node*> others;
+    for (std::size_t i = 0; i < nodes.size(); ++i) {
+      const Node& node = nodes[i];
+      check_bounds(count, node.key, place);
+      if (i > 0 && count.order(nodes[i - 1].key, node.key) >= 0) bad_page(place.page);
+      if (node.flags != 0 || !count.rows.take(leaf, record_at(node))) others.push_back(&node);
+    }
+    const std::lock_guard lock(mutex_);
+    count.entries += nodes.size();
+    for (const Node* node : others) keep(count, *node, page, place.page);
+  }
+
+  // REQUIRES: mutex_ is held.
+  void keep(Count& count, const Node& node, ConstBytes page, std::uint64_t number) {
     if (node.flags == 0) {
-      count.visit(node.key, page.subspan(node.value, node.size));
+      count.others.emplace_back(copy_of(node.key), copy_of(page.subspan(node.value, node.size)));
       return;
     }
     if (node.flags != kBigValue) bad_page(number);
     const auto first = number_at<std::uint64_t>(page, node.value);
+    const std::vector<std::uint8_t> run = take_run(count, first, node.size);
+    count.others.emplace_back(copy_of(node.key),
+                              copy_of(ConstBytes(run).subspan(kPageHeader, node.size)));
+  }
+
+  // The overflow pages of a value of so many bytes; they are more than it needs where a longer one
+  // was there before.
+  std::vector<std::uint8_t> take_run(Count& count, std::uint64_t first, std::uint64_t value_bytes) {
     const std::uint64_t size = meta_.page_bytes;
-    const std::uint64_t least = (kPageHeader + node.size + size - 1) / size;
-    const ConstBytes head = take_page(first);
-    // More than the value needs where a longer one was there before.
-    const std::uint64_t num_pages = number_at<std::uint32_t>(head, 12);
-    if (number_at<std::uint16_t>(head, 10) != kOverflow || num_pages < least) bad_page(first);
-    const ConstBytes run = take_run(first, num_pages);
-    count.overflows += num_pages;
-    count.visit(node.key, run.subspan(kPageHeader, node.size));
-  }
-
-  // The nodes of a page, in the order of its table; they fill it from `upper` to the end.
-  std::vector<Node> nodes_of(ConstBytes page, std::uint64_t number, bool is_leaf) const {
-    const auto lower = number_at<std::uint16_t>(page, 12);
-    const auto upper = number_at<std::uint16_t>(page, 14);
-    if (lower < kPageHeader || lower % 2 != 0 || lower > upper || upper > page.size()) {
-      bad_page(number);
-    }
-    std::vector<Node> nodes((lower - kPageHeader) / 2);
-    for (std::size_t i = 0; i < nodes.size(); ++i) {
-      const auto start = number_at<std::uint16_t>(page, kPageHeader + 2 * i);
-      nodes[i] = node_at(page, number, start, upper, is_leaf);
-    }
-    std::vector<std::pair<std::size_t, std::size_t>> places;
-    places.reserve(nodes.size());
-    for (const Node& node : nodes) places.emplace_back(node.start, node.end);
-    std::sort(places.begin(), places.end());
-    std::size_t at = upper;
-    for (const auto& [start, end] : places) {
-      if (start != at) bad_page(number);
-      at = end;
-    }
-    if (at != page.size()) bad_page(number);
-    return nodes;
-  }
-
-  Node node_at(ConstBytes page, std::uint64_t number, std::size_t start, std::size_t upper,
-               bool is_leaf) const {
-    if (start < upper || start % 2 != 0 || start + kNodeHeader > page.size()) bad_page(number);
-    Node node;
-    node.start = start;
-    node.size = number_at<std::uint32_t>(page, start);
-    node.flags = number_at<std::uint16_t>(page, start + 4);
-    node.child = node.size | std::uint64_t{node.flags} << 32;
-    const std::size_t key_bytes = number_at<std::uint16_t>(page, start + 6);
-    node.value = start + kNodeHeader + key_bytes;
-    const std::size_t value_bytes =
-        !is_leaf ? 0 : (node.flags == kBigValue ? sizeof(std::uint64_t) : node.size);
-    node.end = node.value + value_bytes;
-    node.end += node.end % 2;
-    if (node.end > page.size()) bad_page(number);
-    node.key = page.subspan(start + kNodeHeader, key_bytes);
-    return node;
-  }
-
-  // A page that nothing else uses, within the file.
-  ConstBytes take_page(std::uint64_t number) {
-    const std::uint64_t size = meta_.page_bytes;
-    if (number < kFirstPage || number > meta_.last_page || number >= file_.size() / size) {
-      damaged("page " + std::to_string(number) + " is not in the file");
-    }
-    mark(number);
-    const ConstBytes page = file_.subspan(number * size, size);
-    if (number_at<std::uint64_t>(page, 0) != number) bad_page(number);
-    return page;
-  }
-
-  // The pages from `first` on, which was taken.
-  ConstBytes take_run(std::uint64_t first, std::uint64_t num_pages) {
-    const std::uint64_t size = meta_.page_bytes;
-    if (num_pages > file_.size() / size - first || num_pages > meta_.last_page + 1 - first) {
+    const std::uint64_t least = (kPageHeader + value_bytes + size - 1) / size;
+    take_page(first);
+    std::vector<std::uint8_t> run(size);
+    read(first, run);
+    check_number(run, first);
+    const std::uint64_t num_pages = number_at<std::uint32_t>(run, 12);
+    if (number_at<std::uint16_t>(run, 10) != kOverflow || num_pages < least) bad_page(first);
+    if (num_pages > num_pages_ - first || num_pages > meta_.last_page + 1 - first) {
       damaged("page " + std::to_string(first) + " and those behind it are not in the file");
     }
     for (std::uint64_t i = 1; i < num_pages; ++i) mark(first + i);
-    return file_.subspan(first * size, num_pages * size);
+    run.resize(least * size);
+    read(first, run);
+    count.overflows += num_pages;
+    return run;
   }
+
+  // ---- free pages ------------------------------------------------------------------------------
 
   void add_free(ConstBytes key, ConstBytes value) {
     const auto transaction = number_at<std::uint64_t>(key, 0);
@@ -321,30 +278,95 @@ class FileWalk {
     }
   }
 
+  // ---- pages -----------------------------------------------------------------------------------
+
+  void take_pages(const std::vector<Place>& places) {
+    for (const Place& place : places) take_page(place.page);
+  }
+
+  // A page that nothing else uses, within the file.
+  void take_page(std::uint64_t number) {
+    if (number < kFirstPage || number > meta_.last_page || number >= num_pages_) {
+      damaged("page " + std::to_string(number) + " is not in the file");
+    }
+    mark(number);
+  }
+
   void mark(std::uint64_t page) {
     if (seen_[page] != 0) damaged("page " + std::to_string(page) + " is used twice");
     seen_[page] = 1;
   }
 
-  [[noreturn]] static void bad_page(std::uint64_t number) {
-    damaged("page " + std::to_string(number) + " is damaged");
+  static void check_number(ConstBytes page, std::uint64_t number) {
+    if (number_at<std::uint64_t>(page, 0) != number) bad_page(number);
   }
 
-  ConstBytes file_;
-  const RecordVisitor& visit_;
+  // Calls `consume` for each of these pages of one level, from several threads at once.
+  void read_pages(const std::vector<Place>& places, const Consume& consume) {
+    std::vector<std::size_t> order(places.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::sort(order.begin(), order.end(),
+              [&](std::size_t a, std::size_t b) { return places[a].page < places[b].page; });
+    const std::vector<std::size_t> starts = stretches(places, order);
+    Desks desks;
+    team_.run(starts.size() - 1, [&](std::size_t unit) {
+      std::unique_ptr<Desk> desk = desks.take();
+      const std::span mine(order.data() + starts[unit], starts[unit + 1] - starts[unit]);
+      const std::uint64_t first = places[mine.front()].page;
+      const std::uint64_t num_pages = places[mine.back()].page + 1 - first;
+      const std::span bytes(desk->bytes.get(), num_pages * meta_.page_bytes);
+      read(first, bytes);
+      for (const std::size_t i : mine) {
+        const std::uint64_t number = places[i].page;
+        const ConstBytes page = bytes.subspan((number - first) * meta_.page_bytes, meta_.page_bytes);
+        check_number(page, number);
+        consume(i, page, *desk);
+      }
+      desks.give_back(std::move(desk));
+    });
+  }
+
+  // Where in `order` each read begins, and its end.
+  std::vector<std::size_t> stretches(const std::vector<Place>& places,
+                                     const std::vector<std::size_t>& order) const {
+    std::vector<std::size_t> starts{0};
+    for (std::size_t i = 1; i < order.size(); ++i) {
+      const std::uint64_t page = places[order[i]].page;
+      const std::uint64_t first = places[order[starts.back()]].page;
+      const std::uint64_t gap_bytes = (page - places[order[i - 1]].page) * meta_.page_bytes;
+      if (gap_bytes > kMaxGapBytes || (page + 1 - first) * meta_.page_bytes > kReadBytes) {
+        starts.push_back(i);
+      }
+    }
+    starts.push_back(order.size());
+    return starts;
+  }
+
+  void read(std::uint64_t first, std::span<std::uint8_t> bytes) const {
+    if (source_.read_at(first * meta_.page_bytes, bytes) != bytes.size()) {
+      damaged("page " + std::to_string(first) + " and those behind it are not in the file");
+    }
+  }
+
+  const LmdbSource& source_;
+  RowShape shape_;
+  WorkerTeam& team_;
   Meta meta_;
-  std::vector<std::uint8_t> seen_;  // by page number: used, or free
+  std::uint64_t num_pages_ = 0;  // whole ones in the file
+  std::mutex mutex_;
+  std::vector<std::uint8_t> seen_;  // by page number: used, or free; guarded while a team reads
 };
 
 }  // namespace
 
-std::uint64_t read_lmdb(ConstBytes file, std::uint64_t max_pages, const RecordVisitor& visit) {
-  return FileWalk(file, max_pages, visit).run();
+LmdbContent read_lmdb(const LmdbSource& source, std::uint64_t max_pages, RowShape shape,
+                      WorkerTeam& team) {
+  return FileWalk(source, max_pages, shape, team).run();
 }
 
 std::optional<std::uint64_t> lmdb_transaction(ConstBytes head) {
   try {
-    return metas_in(head)[0].transaction;
+    return lmdb::metas_in(head)[0].transaction;
   } catch (const DamagedFile&) {
     return std::nullopt;
   }

@@ -18,6 +18,24 @@ constexpr std::int64_t kMaxInt32 = std::numeric_limits<std::int32_t>::max();
 
 std::size_t page_number(PageId page) { return static_cast<std::size_t>(page & 0xffffffff); }
 
+// Places in `positions` by ascending position, equal ones as they are.
+std::vector<std::uint32_t> order_of(std::span<const std::int64_t> positions) {
+  std::vector<std::uint32_t> order(positions.size());
+  const std::int64_t most = positions.empty() ? 0 : *std::ranges::max_element(positions);
+  if (static_cast<std::size_t>(most) > positions.size()) {  // chains with gaps: nothing to count
+    std::iota(order.begin(), order.end(), std::uint32_t{0});
+    std::ranges::stable_sort(order, {}, [&](std::uint32_t i) { return positions[i]; });
+    return order;
+  }
+  std::vector<std::uint32_t> next(static_cast<std::size_t>(most) + 2);
+  for (const std::int64_t position : positions) ++next[static_cast<std::size_t>(position) + 1];
+  std::partial_sum(next.begin(), next.end(), next.begin());
+  for (std::uint32_t i = 0; i < order.size(); ++i) {
+    order[next[static_cast<std::size_t>(positions[i])]++] = i;
+  }
+  return order;
+}
+
 std::string text_of(PageId page) { return "page " + std::to_string(page); }
 
 }  // namespace
@@ -51,7 +69,7 @@ std::size_t PrefixIndex::find_cell(const Digest& key) const {
 PrefixIndex::NodeIndex PrefixIndex::find(const Digest& key) const { return cells_[find_cell(key)]; }
 
 void PrefixIndex::rehash(std::size_t num_cells) {
-  std::vector<NodeIndex> old(num_cells, kNone);
+  std::vector<NodeIndex, HugePageAllocator<NodeIndex>> old(num_cells, kNone);
   old.swap(cells_);
   for (const NodeIndex node : old) {
     if (node != kNone) cells_[find_cell(node_at(node).key)] = node;
@@ -205,26 +223,34 @@ bool PrefixIndex::insert(const Digest& parent, const Digest& key, PageId page,
   return true;
 }
 
-std::vector<PageId> PrefixIndex::insert_many(Keys parents, Keys keys, PageIds pages,
+void PrefixIndex::require_insertable(PageIds pages,
+                                     std::span<const std::int64_t> positions) const {
+  std::size_t most = 0;
+  for (std::size_t i = 0; i < pages.size(); ++i) {
+    require_insertable(pages[i], positions[i]);
+    most = std::max(most, page_number(pages[i]));
+  }
+  std::vector<bool> given(pages.empty() ? 0 : most + 1);
+  for (const PageId page : pages) {
+    if (given[page_number(page)]) {
+      throw InvariantError("insert_many: " + text_of(page) + ": must be given once");
+    }
+    given[page_number(page)] = true;
+  }
+}
+
+std::vector<PageId> PrefixIndex::insert_many(const KeyRows& parents, const KeyRows& keys,
+                                             PageIds pages,
                                              std::span<const std::int64_t> positions) {
   const std::size_t count = pages.size();
   if (parents.size() != count || keys.size() != count || positions.size() != count) {
     throw std::invalid_argument("insert_many: parents, keys, pages and positions differ in length");
   }
-  for (std::size_t i = 0; i < count; ++i) require_insertable(pages[i], positions[i]);
-  std::vector<PageId> sorted(pages.begin(), pages.end());
-  std::sort(sorted.begin(), sorted.end());
-  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
-  if (twice != sorted.end()) {
-    throw InvariantError("insert_many: " + text_of(*twice) + ": must be given once");
-  }
+  require_insertable(pages, positions);
   reserve(pages, static_cast<std::size_t>(std::count(positions.begin(), positions.end(), 0)));
-  std::vector<std::size_t> order(count);
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::size_t a, std::size_t b) { return positions[a] < positions[b]; });
+  const std::vector<std::uint32_t> order = order_of(positions);
   std::vector<PageId> strays;
-  for (const std::size_t i : order) {
+  for (const std::uint32_t i : order) {
     const NodeIndex above = find(parents[i]);
     if (find(keys[i]) != kNone || parents[i] == keys[i] || !follows(above, positions[i])) {
       strays.push_back(pages[i]);
@@ -292,44 +318,40 @@ std::vector<Digest> PrefixIndex::keys(PageIds pages) const {
   return keys;
 }
 
-std::vector<PrefixIndex::NodeIndex> PrefixIndex::named_nodes() const {
+std::vector<PageId> PrefixIndex::pages() const {
   std::vector<NodeIndex> ahead;
   for (const Node& node : nodes_) {
     if (node.page == kNoPage && node.first_child != kNone) ahead.push_back(node.first_child);
   }
-  std::vector<NodeIndex> found;
-  found.reserve(static_cast<std::size_t>(num_named_));
+  std::vector<PageId> pages;
+  pages.reserve(static_cast<std::size_t>(num_named_));
   while (!ahead.empty()) {
-    found.push_back(ahead.back());
     const Node& node = node_at(ahead.back());
     ahead.pop_back();
+    pages.push_back(node.page);
     if (node.next_sibling != kNone) ahead.push_back(node.next_sibling);
     if (node.first_child != kNone) ahead.push_back(node.first_child);
   }
-  return found;
-}
-
-std::vector<PageId> PrefixIndex::pages() const {
-  std::vector<PageId> pages;
-  pages.reserve(static_cast<std::size_t>(num_named_));
-  for (const NodeIndex node : named_nodes()) pages.push_back(node_at(node).page);
   return pages;
 }
 
+// By position, last ones first: after a store was opened that is the order in memory, backwards.
 bool PrefixIndex::raise_parents(std::span<std::int64_t> last_use) const {
-  const std::vector<NodeIndex> nodes = named_nodes();
-  for (const NodeIndex node : nodes) {
-    if (page_number(node_at(node).page) >= last_use.size()) {
-      throw std::invalid_argument("raise_parents: " + text_of(node_at(node).page) +
-                                  ": must be among the " + std::to_string(last_use.size()) +
-                                  " that were given");
+  std::vector<std::int64_t> positions;
+  positions.reserve(nodes_.size());
+  for (const Node& node : nodes_) {
+    positions.push_back(node.position);
+    if (node.page != kNoPage && page_number(node.page) >= last_use.size()) {
+      throw std::invalid_argument("raise_parents: " + text_of(node.page) + ": must be among the " +
+                                  std::to_string(last_use.size()) + " that were given");
     }
   }
   bool changed = false;
-  for (auto node = nodes.rbegin(); node != nodes.rend(); ++node) {
-    const Node& below = node_at(*node);
+  const std::vector<std::uint32_t> order = order_of(positions);
+  for (auto index = order.rbegin(); index != order.rend(); ++index) {
+    const Node& below = nodes_[*index];
+    if (below.position == 0) continue;  // a root, a first page or none
     const Node& above = node_at(below.parent);
-    if (above.page == kNoPage) continue;
     const std::int64_t used = last_use[page_number(below.page)];
     std::int64_t& parent_used = last_use[page_number(above.page)];
     changed |= used > parent_used;

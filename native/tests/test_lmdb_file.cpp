@@ -1,6 +1,7 @@
 // The reader of LMDB files on a file made by hand; what LMDB itself makes is read in the Python tests.
 #include "tiermem/lmdb_file.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <random>
@@ -99,18 +100,39 @@ Bytes sound_file() {
   return file;
 }
 
+tiermem::LmdbSource source_of(const Bytes& file) {
+  tiermem::LmdbSource source;
+  source.head.assign(file.begin(),
+                     file.begin() + static_cast<std::ptrdiff_t>(
+                                        std::min(file.size(), tiermem::LmdbSource::kHeadBytes)));
+  source.num_bytes = file.size();
+  source.read_at = [&file](std::uint64_t offset, std::span<std::uint8_t> bytes) {
+    const std::uint64_t start = std::min<std::uint64_t>(offset, file.size());
+    const std::size_t size = std::min<std::size_t>(bytes.size(), file.size() - start);
+    if (size > 0) std::memcpy(bytes.data(), file.data() + start, size);
+    return size;
+  };
+  return source;
+}
+
+tiermem::LmdbContent content_of(const Bytes& file, std::uint64_t max_pages = kMaxPages,
+                                tiermem::RowShape shape = {}) {
+  tiermem::WorkerTeam team(2);
+  return tiermem::read_lmdb(source_of(file), max_pages, shape, team);
+}
+
 std::string read(const Bytes& file, std::uint64_t max_pages = kMaxPages) {
   std::string all;
-  tiermem::read_lmdb(file, max_pages, [&](ConstBytes key, ConstBytes value) {
+  for (const auto& [key, value] : content_of(file, max_pages).others) {
     all += std::string(key.begin(), key.end()) + "=" + std::string(value.begin(), value.end()) + ";";
-  });
+  }
   return all;
 }
 
 void test_reads_what_is_there() {
   const Bytes file = sound_file();
   CHECK(read(file) == "a=first;b=;c=third;cc=fourth one;");
-  CHECK(tiermem::read_lmdb(file, kMaxPages, [](ConstBytes, ConstBytes) {}) == 7);
+  CHECK(content_of(file).transaction == 7);
   CHECK(tiermem::lmdb_transaction(file) == std::uint64_t{7});
   CHECK(!tiermem::lmdb_transaction(ConstBytes(file).first(kPage)).has_value());
   CHECK_THROWS(DamagedFile, read(file, 6));
@@ -200,6 +222,33 @@ void test_no_byte_leads_outside(std::uint32_t seed) {
   CHECK(num_damaged > 300);
 }
 
+// A record of `bytes` bytes, key and value together, that ends in its CRC.
+Node row_node(const std::string& key, std::size_t bytes) {
+  std::string record = key + std::string(bytes - key.size() - 4, static_cast<char>(key.back()));
+  const auto* start = reinterpret_cast<const std::uint8_t*>(record.data());
+  const std::uint32_t crc = tiermem::crc32({start, record.size()});
+  record.append(reinterpret_cast<const char*>(&crc), sizeof(crc));
+  return leaf_node(key, record.substr(key.size()));
+}
+
+void test_rows_are_records_of_their_shape_with_a_sound_crc() {
+  constexpr std::size_t kBytes = 21;
+  Bytes file = sound_file();
+  Node damaged = row_node("ab", kBytes);
+  damaged.value[3] = static_cast<char>(damaged.value[3] ^ 1);
+  put_page(file, 3, 2, {row_node("aa", kBytes), damaged});
+  put_page(file, 4, 2, {row_node("ca", kBytes), row_node("cb", kBytes)});
+  auto content = content_of(file, kMaxPages, {'a', kBytes});
+  CHECK(content.rows.size() == 1 && content.others.size() == 3);
+  CHECK(std::memcmp(content.rows.data(), "aa", 2) == 0);
+  content = content_of(file, kMaxPages, {'c', kBytes});
+  CHECK(content.rows.size() == 2 && content.others.size() == 2);
+  CHECK(std::memcmp(content.rows.data(), "ca", 2) == 0);
+  CHECK(std::memcmp(content.rows.data() + kBytes, "cb", 2) == 0);
+  CHECK(content_of(file, kMaxPages, {'c', kBytes + 1}).rows.size() == 0);
+  CHECK(content_of(file, kMaxPages, {'c', 100 * kPage}).rows.size() == 0);
+}
+
 void test_crc_is_that_of_zlib() {
   const std::string text = "123456789";
   const auto* bytes = reinterpret_cast<const std::uint8_t*>(text.data());
@@ -215,6 +264,7 @@ int main() {
   test_refuses_what_lmdb_would_follow();
   test_keys_belong_where_they_are();
   for (std::uint32_t seed = 0; seed < 3; ++seed) test_no_byte_leads_outside(seed);
+  test_rows_are_records_of_their_shape_with_a_sound_crc();
   test_crc_is_that_of_zlib();
   return tiermem_test::report("lmdb_file");
 }

@@ -24,7 +24,11 @@
 #include <optional>
 #include <span>
 #include <stdexcept>
+#include <utility>
 #include <vector>
+
+#include "tiermem/lmdb_rows.h"
+#include "tiermem/worker_team.h"
 
 namespace tiermem {
 
@@ -36,22 +40,43 @@ class DamagedFile : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A record of the main table; the bytes are the file's.
-using RecordVisitor = std::function<void(ConstBytes key, ConstBytes value)>;
+// A file as it is read: `head` is its first 128 KiB, or all of a shorter one, and was read before
+// `num_bytes` was asked for. `read_at` fills `bytes` from `offset` on and returns how many there
+// were; several threads call it at once.
+struct LmdbSource {
+  using ReadAt = std::function<std::size_t(std::uint64_t offset, std::span<std::uint8_t> bytes)>;
+  static constexpr std::size_t kHeadBytes = std::size_t{2} * 65536;
 
-// Calls `visit` for every record of the newest state, ascending by key, and verifies all that LMDB
-// will rely on: both meta pages, every page of both trees (each visited once, numbers, flags,
-// offsets, sizes, order of keys, depths and counts) and the list of free pages. `max_pages` bounds
-// the page numbers. Returns the number of the transaction. Throws DamagedFile.
-std::uint64_t read_lmdb(ConstBytes file, std::uint64_t max_pages, const RecordVisitor& visit);
+  std::vector<std::uint8_t> head;
+  std::uint64_t num_bytes = 0;
+  ReadAt read_at;
+};
+
+// The main table of one state of a file. Rows ascend by key, and so do the other records.
+struct LmdbContent {
+  using Record = std::pair<std::vector<std::uint8_t>, std::vector<std::uint8_t>>;
+
+  LmdbRows rows;
+  std::vector<Record> others;
+  std::uint64_t transaction = 0;
+};
+
+// Everything in the newest state that `head` names, of which all is verified that LMDB will rely
+// on: both meta pages, every page of both trees (each used once, numbers, flags, offsets, sizes,
+// order of keys, depths and counts) and the list of free pages. `max_pages` bounds the page
+// numbers. The tree is read level by level, each in the order of the file and by the whole team.
+// Throws DamagedFile, and what `read_at` throws.
+LmdbContent read_lmdb(const LmdbSource& source, std::uint64_t max_pages, RowShape shape,
+                      WorkerTeam& team);
 
 // The number of the newest transaction that the meta pages of an LMDB file name; none where either
-// is not one. `head` is at least the first two pages, of at most 64 KiB each.
+// is not one. `head` as in LmdbSource.
 std::optional<std::uint64_t> lmdb_transaction(ConstBytes head);
 
-// The bytes of an open LMDB file, by pread, of a state that a process which writes meanwhile cannot
-// have changed. Throws DamagedFile for a file of more than `most_bytes`, and when it does not hold
-// still; std::system_error as the system.
-std::vector<std::uint8_t> read_lmdb_file(int descriptor, std::uint64_t most_bytes);
+// The same of an open file, by pread, of a state that a process which writes meanwhile cannot have
+// changed; with at most `max_threads` threads. Throws DamagedFile, also for a file of more than
+// `most_bytes` and when it does not hold still; std::system_error as the system.
+LmdbContent read_lmdb_file(int descriptor, std::uint64_t most_bytes, RowShape shape,
+                           std::size_t max_threads);
 
 }  // namespace tiermem

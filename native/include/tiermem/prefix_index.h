@@ -15,6 +15,7 @@
 #include <span>
 #include <vector>
 
+#include "tiermem/huge_pages.h"
 #include "tiermem/page_table.h"
 #include "tiermem/sha256.h"
 
@@ -22,6 +23,27 @@ namespace tiermem {
 
 using Keys = std::span<const Digest>;
 using Bytes = std::span<const std::uint8_t>;
+
+// Keys in memory, `stride_bytes` from one to the next: parts of longer records.
+class KeyRows {
+ public:
+  KeyRows() = default;
+  KeyRows(const std::uint8_t* first, std::size_t size, std::size_t stride_bytes)
+      : first_(first), size_(size), stride_bytes_(stride_bytes) {}
+  KeyRows(const std::vector<Digest>& keys)
+      : KeyRows(keys.empty() ? nullptr : keys[0].data(), keys.size(), sizeof(Digest)) {}
+
+  std::size_t size() const { return size_; }
+  const Digest& operator[](std::size_t i) const {
+    static_assert(sizeof(Digest) == 32 && alignof(Digest) == 1);
+    return *reinterpret_cast<const Digest*>(first_ + i * stride_bytes_);
+  }
+
+ private:
+  const std::uint8_t* first_ = nullptr;
+  std::size_t size_ = 0;
+  std::size_t stride_bytes_ = 0;
+};
 
 class PrefixIndex {
  public:
@@ -59,7 +81,7 @@ class PrefixIndex {
   // Inserts the entries of a store that is reopened, in any order. Returns the pages that `insert`
   // would not take, and those that follow them or stand at a wrong position. Throws as `insert`,
   // also for a page given twice, and std::invalid_argument for spans of different lengths.
-  std::vector<PageId> insert_many(Keys parents, Keys keys, PageIds pages,
+  std::vector<PageId> insert_many(const KeyRows& parents, const KeyRows& keys, PageIds pages,
                                   std::span<const std::int64_t> positions);
 
   struct Removed {
@@ -111,6 +133,7 @@ class PrefixIndex {
   const Node& node_at(NodeIndex index) const { return nodes_[static_cast<std::size_t>(index)]; }
 
   void require_insertable(PageId page, std::int64_t position) const;
+  void require_insertable(PageIds pages, std::span<const std::int64_t> positions) const;
   bool follows(NodeIndex parent, std::int64_t position) const;
   void insert_node(NodeIndex parent, const Digest& root, const Digest& key, PageId page,
                    std::int64_t position);
@@ -120,7 +143,6 @@ class PrefixIndex {
   void adopt(NodeIndex parent, NodeIndex child);
   NodeIndex remove_leaf(NodeIndex node);  // returns its parent
   NodeIndex deepest(NodeIndex node) const;
-  std::vector<NodeIndex> named_nodes() const;  // each before those that follow it
 
   // The hash table from key to node: open addressing, linear probing, at most half full.
   std::size_t home_of(const Digest& key) const;
@@ -131,10 +153,10 @@ class PrefixIndex {
 
   std::int64_t page_tokens_;
   std::int64_t num_named_ = 0;
-  std::vector<Node> nodes_;
+  std::vector<Node, HugePageAllocator<Node>> nodes_;
   std::vector<NodeIndex> free_nodes_;
-  std::vector<NodeIndex> cells_;         // a power of two of them
-  std::vector<NodeIndex> node_of_page_;  // by the index half of the page id
+  std::vector<NodeIndex, HugePageAllocator<NodeIndex>> cells_;         // a power of two of them
+  std::vector<NodeIndex, HugePageAllocator<NodeIndex>> node_of_page_;  // by the id's index half
 };
 
 }  // namespace tiermem
