@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from liveness_support import (
     PAGE,
+    append,
     check_content,
     faults_fixture,  # noqa: F401
     grow,
@@ -123,6 +124,21 @@ def test_pages_beyond_the_cap_are_no_error(tmp_path: Path) -> None:
         grow(manager, manager.open_sequence(), 2 * PAGE, 1)
         manager.flush()
         assert manager.stats().tiers[Tier.SSD].used == 3
+
+
+def test_pages_that_find_no_slot_though_the_cap_has_room_for_them_are_told(tmp_path: Path) -> None:
+    """Pages without a name, of a sequence that is open, have all of them."""
+    with open_manager(tmp_path / "s", (4, 0, 4)) as manager:
+        other = manager.open_sequence()
+        for _ in range(4):
+            append(manager, other, PAGE, 1)
+        other.suspend()
+        grow(manager, manager.open_sequence(), 2 * PAGE)
+        with pytest.raises(NotDurableError, match=r"2 of 2 .*in use fill the SSD tier"):
+            manager.flush()
+        other.close()
+        manager.flush()
+        assert manager.stats().tiers[Tier.SSD].used == 2
 
 
 def test_without_an_ssd_there_is_nothing_to_flush_to() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tiermem import (
+    NotDurableError,
     OutOfPagesError,
     PageLayout,
     Sequence,
@@ -26,6 +27,7 @@ from tiermem import (
 from tiermem._core import CopyState, Tier
 from tiermem.device.protocol import Device
 from tiermem.device.simulated import SimulatedDevice
+from tiermem.publication import NO_SLOT_LEFT
 
 LAYOUT = PageLayout(num_layers=2, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16)
 SALTS = (b"", b"tenant")
@@ -215,7 +217,12 @@ class World:
 
     def op_flush(self) -> None:
         if self.store:
-            self.manager.flush()
+            try:
+                self.manager.flush()
+            except NotDurableError as error:
+                if error.reason != NO_SLOT_LEFT:
+                    raise
+                self.num_refused += 1
 
     # ---- steps -------------------------------------------------------------------------------------
 

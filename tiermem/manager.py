@@ -215,8 +215,9 @@ class TierManager:
         Raises
         ------
         ConfigError: there is no SSD tier. NotDurableError: pages that ought to be durable are not: how many, and
-        why. The disk is to be spared (`stats().disk.pause`), a write failed or missed its deadline, or the SSD
-        tier is switched off. What could be written is durable, and the other pages are where they were.
+        why. The disk is to be spared (`stats().disk.pause`), a write failed or missed its deadline, the SSD tier
+        is switched off, or pages that open sequences have nowhere else fill it. What could be written is durable,
+        and the other pages are where they were.
         TransferError: all are durable, but something else that was to be written is not.
         """
         self._check_open()

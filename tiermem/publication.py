@@ -16,6 +16,9 @@ from tiermem.errors import NotDurableError, TransferError
 from tiermem.pools import ABSENT, VALID, Ids, Tier
 from tiermem.store import ColdStore
 
+NO_SLOT_LEFT = "other pages that are in use fill the SSD tier"
+"""Why published pages are not durable though nothing failed."""
+
 
 def flush_published(core: Core, store: ColdStore) -> None:
     """Return when every published page is durable, within the cap; what can be is, whatever fails.
@@ -36,12 +39,10 @@ def flush_published(core: Core, store: ColdStore) -> None:
         store.sync()
     except TransferError as error:
         failure = failure or error
-    if failure is None:
-        return
     kept = _within_cap(core)
     if num_missing := int((~_are_durable(core, store, kept)).sum()):
         raise NotDurableError(num_missing, len(kept), _reason(failure)) from failure
-    if core.mover.allows(Use.WRITE):  # a tier that is off had nothing to do
+    if failure is not None and core.mover.allows(Use.WRITE):  # a tier that is off had nothing to do
         raise failure
 
 
@@ -82,7 +83,9 @@ def _are_durable(core: Core, store: ColdStore, pages: Ids) -> NDArray[np.bool_]:
     return durable
 
 
-def _reason(failure: TransferError) -> str:
+def _reason(failure: TransferError | None) -> str:
+    if failure is None:
+        return NO_SLOT_LEFT
     if isinstance(failure, NotDurableError):
         return failure.reason
     return failure.strerror or str(failure)

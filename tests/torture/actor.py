@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from world import LAYOUT
 
-from tiermem import OutOfPagesError, Sequence, TierManager, TierMemError
+from tiermem import NotDurableError, OutOfPagesError, Sequence, TierManager, TierMemError
+from tiermem.publication import NO_SLOT_LEFT
 from torture.content import PAGE, SALTS, Prompts, chain_words, kv_of, num_wrong_bytes
 from torture.tally import Tally, ViolationError
 
@@ -87,6 +88,10 @@ class Actor:
         try:
             getattr(self, f"do_{name}")()
         except OutOfPagesError:
+            self.tally.refused += 1
+        except NotDurableError as error:
+            if error.reason != NO_SLOT_LEFT and not issubclass(NotDurableError, self.expected):
+                raise
             self.tally.refused += 1
         except self.expected:
             self.tally.refused += 1
