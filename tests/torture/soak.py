@@ -51,9 +51,9 @@ LEAST_OPENINGS = 5
 LEAST_GROWTH_BYTES = 8 << 20
 """Of resident memory over a run that is too short to be judged by its slope."""
 
-MOST = {"resident": 16.0, "allocated": 4.0, "objects": 0.02, "handles": 1e-4}
+MOST = {"resident": 2.0, "allocated": 0.5, "objects": 0.005, "handles": 1e-5}
 """An operation, of what is measured: bytes of memory that is no file's, bytes that the C library has given out,
-blocks that Python has, descriptors and threads. A leak of one small object in fifty operations is above it."""
+blocks that Python has, descriptors and threads. A leak of one small object in 200 operations is above it."""
 
 
 class _Mallinfo2(ctypes.Structure):
