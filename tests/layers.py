@@ -120,6 +120,7 @@ LAYERS = {
         "tiermem.publication",
         "tiermem.snapshots",
         "tiermem.stats",
+        "tiermem.tally",
     ],
     "service": ["tiermem.service"],
     "integrations": ["tiermem.integrations"],

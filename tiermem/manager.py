@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
@@ -11,7 +10,6 @@ from functools import partial
 from types import TracebackType
 
 import numpy as np
-import psutil
 import torch
 
 from tiermem.build import build_core, open_store
@@ -35,10 +33,11 @@ from tiermem.publication import flush_published, write_published
 from tiermem.resident import ResidentPool
 from tiermem.sequence import Sequence, check_token_ids
 from tiermem.snapshots import Publisher
-from tiermem.stats import BreakerStats, FlowStats, SequenceStats, Stats, TierStats
+from tiermem.stats import Stats
 from tiermem.step import Step
 from tiermem.step_record import StepRecord
 from tiermem.store import ColdStore
+from tiermem.tally import Tally
 
 log = logging.getLogger("tiermem")
 
@@ -83,14 +82,6 @@ class TierManager:
         self._sequences: dict[Sequence, None] = {}
         self._step: Step | None = None
         self._closed = False
-        self._counts = {
-            "steps": 0,
-            "prompt_tokens": 0,
-            "attached_tokens": 0,
-            "computed_again_tokens": 0,
-        }
-        self._last_step: StepRecord | None = None
-        self._reads = dict.fromkeys(Tier, 0)
         self._started_s = time.time()
         self._publisher = Publisher()
         self._device = device if device is not None else open_device(config.device)[0]
@@ -170,8 +161,8 @@ class TierManager:
         core.touch(pages)
         core.prefixes.note_attached(pages, keys[: len(pages)])
         attached = len(pages) * self.layout.page_tokens
-        self._counts["prompt_tokens"] += len(ids)
-        self._counts["attached_tokens"] += attached
+        self._tally.prompt_tokens += len(ids)
+        self._tally.attached_tokens += attached
         return Sequence(core, self, root, pages, ids[:attached], keys[: len(pages)], label)
 
     def step(self, sequences: SequenceOf[Sequence], new_tokens: int | SequenceOf[int] = 1) -> Step:
@@ -231,57 +222,11 @@ class TierManager:
 
     def stats(self) -> Stats:
         """A frozen picture of now."""
-        core, counts = self._core, self._counts
-        info = self._device.memory_info()
-        return Stats(
-            pid=os.getpid(),
-            model_id=self.model_id,
-            device=self._device.name,
-            device_kind=self._device.kind.value,
-            started_s=self._started_s,
-            updated_s=time.time(),
-            page_tokens=self.layout.page_tokens,
-            tiers=tuple(self._tier_stats(tier) for tier in Tier),
-            flows=tuple(
-                FlowStats(
-                    src.name, dst.name, flow.num_bytes, flow.num_transfers, flow.in_flight,
-                    flow.gb_per_s, flow.streamed_bytes, self._limits.get((src, dst)),
-                )
-                for (src, dst), flow in sorted(core.mover.meter.flows().items())
-            ),
-            sequences=tuple(
-                SequenceStats(s.label, s.num_tokens, len(s.pages)) for s in self._sequences
-            ),
-            breakers=() if self._store is None else (_breaker_stats(self._store),),
-            steps=counts["steps"],
-            in_flight=len(core.in_flight),
-            published_pages=len(core.prefixes),
-            prompt_tokens=counts["prompt_tokens"],
-            attached_tokens=counts["attached_tokens"],
-            failed_transfers=core.in_flight.num_failed,
-            corrupt_pages=sum(core.mover.quarantine.num_corrupt.values()),
-            staging_device_bytes=core.ring.device_bytes + self._device.staging_bytes,
-            staging_host_bytes=core.ring.host_bytes
-            + core.mover.staging_bytes
-            + core.mover.sums.num_bytes
-            + (self._store.staging_bytes if self._store else 0),
-            device_used_bytes=info.total_bytes - info.free_bytes,
-            device_total_bytes=info.total_bytes,
-            rss_bytes=psutil.Process().memory_info().rss,
-            ssd_path=str(self._store.path) if self._store else None,
-            ssd_disk_bytes=self._store.disk_bytes if self._store else 0,
-            ssd_io=self._store.io_kind if self._store else None,
-            attended_bytes=core.mover.meter.attended_bytes,
-            attended_s=core.mover.meter.attended_s,
-            attended_limit_gb_per_s=self._attended_limit,
-            last_step=self._last_step,
-            disk=self._store.guard.stats() if self._store else None,
-            computed_again_tokens=counts["computed_again_tokens"],
-        )  # fmt: skip
+        return self._tally.stats(self._sequences)
 
     def note_computed_again(self, num_tokens: int) -> None:
         """Count tokens that were computed once more because their pages were lost, for the stats."""
-        self._counts["computed_again_tokens"] += num_tokens
+        self._tally.computed_again_tokens += num_tokens
 
     def check(self) -> None:
         """Verify the bookkeeping by brute force; raises InvariantError saying what is wrong."""
@@ -325,13 +270,10 @@ class TierManager:
         `record` is None where it was undone.
         """
         self._step = None
-        self._last_step = record or self._last_step
         for sequence in sequences:  # the order of last use
             self._sequences.pop(sequence)
             self._sequences[sequence] = None
-        for tier, count in reads.items():
-            self._reads[tier] += count
-        self._counts["steps"] += 1
+        self._tally.note_step(reads, record)
         self.poll()
 
     # ---- inside ------------------------------------------------------------------------------------
@@ -340,12 +282,15 @@ class TierManager:
         """Open the store, allocate the tiers and put the parts together."""
         made = calibration_of(self._device)
         use_best_copies(self._device, made)
-        self._limits = route_limits(made, self.config.ssd_path)
-        self._attended_limit = attended_limit(made)
+        limits = route_limits(made, self.config.ssd_path)
         self._store = open_store(self.layout, self.config, disk_options(made, self.config))
         self._core = build_core(
             self.layout, self.config, self.model_id, self.shard, self._device, self._store,
             self._seal_idle, self._open_pages, progress, made,
+        )  # fmt: skip
+        self._tally = Tally(
+            self._core, self._device, self._store, self.model_id,
+            limits, attended_limit(made), self._started_s,
         )  # fmt: skip
         self._resident = ResidentPool(self._core)
         self._closing = Closing(self._stages_of_closing())
@@ -411,34 +356,6 @@ class TierManager:
     def _open_pages(self) -> Ids:
         """The pages of all sequences, each once."""
         return np.unique(np.concatenate([NO_PAGES, *(s.pages for s in self._sequences)]))
-
-    def _tier_stats(self, tier: Tier) -> TierStats:
-        core = self._core
-        counts = core.table.counts(tier)
-        return TierStats(
-            tier=tier.name,
-            slots=counts.slots,
-            page_bytes=self.layout.page_bytes,
-            free=counts.free,
-            filling=counts.filling,
-            clean=counts.droppable,
-            duplicate=counts.redundant,
-            dirty=counts.dirty,
-            pinned=counts.pinned,
-            open=counts.open,
-            reads=self._reads[tier],
-            evictions=core.room.evictions[tier],
-            demotions=core.room.demotions[tier],
-            corrupt=core.mover.quarantine.num_corrupt[tier],
-        )
-
-
-def _breaker_stats(store: ColdStore) -> BreakerStats:
-    report = store.breaker.report()
-    return BreakerStats(
-        Tier.SSD.name, report.state.value, report.reason, report.num_trips, store.num_late,
-        report.retry_in_s,
-    )  # fmt: skip
 
 
 def _check_identity(model_id: str, shard: tuple[int, int]) -> None:
