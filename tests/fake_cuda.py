@@ -22,7 +22,7 @@ import torch
 from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real_runtime
 
-from tiermem.device import copy_measure, cuda, cuda_copies, cuda_device
+from tiermem.device import copy_measure, cuda, cuda_copies, cuda_memory
 from tiermem.device.copy_rates import CopyRates
 from tiermem.device.cuda_device import CudaDevice
 from tiermem.device.host import HostMemory
@@ -443,7 +443,7 @@ def install(monkeypatch: pytest.MonkeyPatch, fake: FakeCuda) -> FakeCuda:
     monkeypatch.setattr(cuda, "runtime", _Calls(fake, real_runtime))
     monkeypatch.setattr(cuda, "driver", _Calls(fake, real_driver))
     monkeypatch.setattr(cuda, "compile_kernels", fake.compile_kernels)
-    monkeypatch.setattr(cuda_device, "as_tensor", _as_host_tensor)
+    monkeypatch.setattr(cuda_memory, "as_tensor", _as_host_tensor)
     # Copies are chosen by what a test says, not by how fast the fake is.
     monkeypatch.setattr(copy_measure, "_measured", {"Fake GPU": CopyRates()})
     monkeypatch.setattr(cuda_copies, "STAGE_BYTES", 1 << 16)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from tiermem.device import Direction, Memory, cuda, cuda_device
+from tiermem.device import Direction, Memory, cuda, cuda_memory
 from tiermem.device.cuda_device import CudaDevice
 from tiermem.errors import ConfigError, DeadlineError, InvariantError, TransferError
 
@@ -64,7 +64,7 @@ def test_memory_is_given_back_if_torch_cannot_wrap_it(
     def copy_instead(address: int, num_bytes: int, where: torch.device) -> torch.Tensor:
         raise InvariantError("torch copied")
 
-    monkeypatch.setattr(cuda_device, "as_tensor", copy_instead)
+    monkeypatch.setattr(cuda_memory, "as_tensor", copy_instead)
     with pytest.raises(InvariantError):
         device.allocate(1 << 20)
     assert not fake.device_memory

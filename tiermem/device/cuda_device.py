@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from tiermem._core import StreamOwner
-from tiermem.device import copy_measure, cuda
+from tiermem.device import copy_measure, cuda, cuda_memory
 from tiermem.device.copies import CopyBatch, check_num_bytes
 from tiermem.device.copy_rates import CopyMethod, CopyRates
 from tiermem.device.cuda_copies import CopyResources, CudaCopies, staging_bytes
 from tiermem.device.cuda_events import CudaStream, EventPool
+from tiermem.device.cuda_memory import CudaMemory
 from tiermem.device.host import HostMemory, host_free_bytes, locked_limit_text, reporting
 from tiermem.device.protocol import (
     COPY_TIMEOUT_S,
@@ -30,51 +31,10 @@ from tiermem.device.protocol import (
     Stream,
 )
 from tiermem.device.sums import make_slices
-from tiermem.errors import ClosedError, ConfigError, DeadlineError, InvariantError, TransferError
+from tiermem.errors import ClosedError, ConfigError, DeadlineError, TransferError
 
 if TYPE_CHECKING:
     from tiermem.attention.kernels.checksum import ChecksumKernels
-
-
-class CudaMemory:
-    """Device memory from cudaMalloc, which torch sees without a copy."""
-
-    __slots__ = ("_address", "_num_bytes", "_on_free", "_tensor")
-
-    def __init__(
-        self,
-        address: int,
-        num_bytes: int,
-        device: torch.device,
-        on_free: Callable[[CudaMemory], None],
-    ) -> None:
-        self._address = address
-        self._num_bytes = num_bytes
-        self._on_free = on_free
-        self._tensor: torch.Tensor | None = as_tensor(address, num_bytes, device)
-
-    @property
-    def address(self) -> int:
-        return self._address
-
-    @property
-    def num_bytes(self) -> int:
-        return self._num_bytes
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        if self._tensor is None:
-            raise ClosedError(f"hot memory of {self._num_bytes} bytes was freed")
-        return self._tensor
-
-    def free(self) -> None:
-        if self._tensor is None:
-            return
-        self._tensor = None
-        self._on_free(self)
-
-    def abandon(self) -> None:
-        self._tensor = None  # cudaMalloc's memory stays until it is freed
 
 
 class CudaDevice:
@@ -244,7 +204,7 @@ class CudaDevice:
 
     def view(self, memory: Memory) -> torch.Tensor:
         self.check_open()
-        return as_tensor(memory.address, memory.num_bytes, self.torch_device)
+        return cuda_memory.as_tensor(memory.address, memory.num_bytes, self.torch_device)
 
     def memory_info(self) -> MemoryInfo:
         self.check_open()
@@ -407,28 +367,6 @@ class CudaDevice:
             with self.current():
                 cuda.unpin(memory.address)
             self._update_borders()
-
-
-class _CudaBytes:
-    """Names device memory in the way torch reads; holds nothing."""
-
-    def __init__(self, address: int, num_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (num_bytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "strides": None,
-            "stream": None,
-            "version": 3,
-        }
-
-
-def as_tensor(address: int, num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Device memory as a flat uint8 tensor, without a copy and without owning it."""
-    tensor = torch.as_tensor(_CudaBytes(address, num_bytes), device=device)
-    if tensor.data_ptr() != address or tensor.device != device:
-        raise InvariantError(f"torch copied device memory at {address:#x} instead of wrapping it")
-    return tensor
 
 
 def _has_ended(stream: int) -> bool:
