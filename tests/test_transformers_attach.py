@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import (
+    DYNAMIC,
     FAMILIES,
     PAGE_TOKENS,
     left_padded,
@@ -15,7 +16,7 @@ from tiny_models import (
     tiers,
     tiny_model,
 )
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tiermem import TierMemError
 from tiermem.integrations.transformers import TieredCache
@@ -205,14 +206,7 @@ def test_tokens_of_other_types_get_no_name(tmp_path: Path) -> None:
 
 
 def test_rotations_that_depend_on_the_length_are_never_reused(tmp_path: Path) -> None:
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=131, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-            num_attention_heads=2, max_position_embeddings=64, rope_parameters=rope,
-            eos_token_id=None, pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
+    model = tiny_model(DYNAMIC, 13)
     ids = random_ids(1, 100, 13)
     expected = reference(model, ids, **GREEDY)
     with open_cache(model, tmp_path) as cache:

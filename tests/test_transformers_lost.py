@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from damage import damage_cold, small_cache
-from tiny_models import PAGE_TOKENS, left_padded, random_ids, reference, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tiny_models import DYNAMIC, PAGE_TOKENS, left_padded, random_ids, reference, tiny_model
+from transformers import PreTrainedModel
 
 from tiermem import CorruptPageError, OutOfPagesError, TransferError
 from tiermem.integrations.transformers import TieredCache
@@ -64,14 +64,7 @@ def test_positions_that_the_model_chose_among_padding_are_not_guessed(tmp_path: 
 
 @torch.no_grad()
 def test_rotations_that_depend_on_the_length_are_not_computed_again(tmp_path: Path) -> None:
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=131, hidden_size=64, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=64, rope_parameters=rope,
-            eos_token_id=None, pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
+    model = tiny_model(DYNAMIC, 18)
     ids = random_ids(1, 200, 18)
     with small_cache(model, tmp_path) as cache:
         model(ids, past_key_values=cache)

@@ -51,6 +51,12 @@ def _llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**_SHAPE))
 
 
+def _dynamic_llama() -> PreTrainedModel:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    shape = {**_SHAPE, "max_position_embeddings": 64}
+    return LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+
+
 def _mistral() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**_SHAPE, sliding_window=WINDOW))
 
@@ -82,13 +88,15 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": _qwen3,
     "gpt2": _gpt2,
 }
+DYNAMIC = "llama with dynamic rotations"
+"""Whose rotations depend on the length of the text."""
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model of `family` whose weights `seed` decides, ready for inference."""
+    """A model of `family`, or DYNAMIC, whose weights `seed` decides, ready for inference."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return FAMILIES[family]().eval()
+        return {**FAMILIES, DYNAMIC: _dynamic_llama}[family]().eval()
 
 
 def random_ids(rows: int, columns: int, seed: int) -> torch.Tensor:

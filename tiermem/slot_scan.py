@@ -6,7 +6,6 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,12 +57,7 @@ class SlotScan:
     def __enter__(self) -> SlotScan:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._engine.close(READ_TIMEOUT_S)  # nothing is written to the buffers any more
 
     @property

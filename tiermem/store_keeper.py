@@ -14,7 +14,6 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 import lmdb
 import numpy as np
@@ -63,12 +62,7 @@ class StoreKeeper:
     def __enter__(self) -> StoreKeeper:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.reader.close()
         self._let_go()
 

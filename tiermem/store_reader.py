@@ -10,7 +10,6 @@ import errno
 import os
 import stat
 from pathlib import Path
-from types import TracebackType
 
 from tiermem import _core
 from tiermem.cipher import StoreCipher
@@ -58,12 +57,7 @@ class StoreReader:
     def __enter__(self) -> StoreReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

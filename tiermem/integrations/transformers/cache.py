@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -77,12 +76,7 @@ class TieredCache(Cache):
     def __enter__(self) -> TieredCache:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- using it ----------------------------------------------------------------------------------
