@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiermem import PageLayout, TierConfig, TierManager, _core, calibration, store
+from tiermem import PageLayout, TierConfig, TierManager, _core, calibration, guarded_io
 from tiermem._core import EngineKind
 from tiermem.attention.queued import QueuedAttention
 from tiermem.calibration import Calibration, DiskPlace
@@ -83,7 +83,7 @@ def test_the_disk_is_used_in_the_way_that_was_best(
         used.append(options)
         return _core.IoEngine(EngineKind.THREADS)
 
-    monkeypatch.setattr(store, "open_engine", open_engine)
+    monkeypatch.setattr(guarded_io, "open_engine", open_engine)
     layout = PageLayout(num_layers=1, num_kv_heads=1, head_dim=16, dtype="float32", page_tokens=16)
     config = TierConfig(
         gpu="16KiB", ram=0, ssd="4MiB", ssd_path=tmp_path / "store", device="cpu", io_engine=engine

@@ -52,8 +52,9 @@ def _llama() -> PreTrainedModel:
 
 
 def _dynamic_llama() -> PreTrainedModel:
+    """With weights too small for rotations to count: the model keeps those of the longest text it saw."""
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    shape = {**_SHAPE, "max_position_embeddings": 64}
+    shape = {**_SHAPE, "max_position_embeddings": 64, "initializer_range": 0.02}
     return LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
 
 
