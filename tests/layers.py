@@ -192,6 +192,7 @@ RESERVED = {
         "tiermem.store_index",
         "tiermem.index_image",
         "tiermem.store_keeper",
+        "tiermem.store_rebuild",
         "tiermem.cli",
     ],
     "triton": ["tiermem.attention.kernels"],

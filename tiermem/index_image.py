@@ -79,12 +79,14 @@ def read_index(directory: PrivateDirectory) -> IndexImage:
     except FileNotFoundError:
         return image_of(())
     try:
-        rows, others, damage = _core.read_lmdb(
-            descriptor, MAX_INDEX_BYTES, PAGE, ENTRY_ROW.itemsize
-        )
+        return read_image(descriptor)
     finally:
         os.close(descriptor)
-    return image_from(rows, others, damage)
+
+
+def read_image(descriptor: int) -> IndexImage:
+    """The index in this open file; an image with `damage` alone for a damaged one. OSError: it cannot be read."""
+    return image_from(*_core.read_lmdb(descriptor, MAX_INDEX_BYTES, PAGE, ENTRY_ROW.itemsize))
 
 
 def image_of(records: Iterable[tuple[bytes, bytes]]) -> IndexImage:

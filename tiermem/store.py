@@ -15,6 +15,7 @@ the checksums, whenever it is read. So an entry that is outdated after a crash i
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +31,9 @@ from tiermem.disk_budget import DiskGuard, DiskLimits
 from tiermem.disk_rates import DiskOptions
 from tiermem.errors import ConfigError, TransferError
 from tiermem.guarded_io import open_guarded
-from tiermem.index_image import INDEX_FILE, read_index
+from tiermem.index_image import INDEX_FILE, IndexImage, read_index
 from tiermem.layout import PageLayout
+from tiermem.private_files import PrivateDirectory
 from tiermem.slot_file import SlotFile
 from tiermem.slot_trailers import SlotTrailers
 from tiermem.store_commits import Commits
@@ -47,11 +49,13 @@ from tiermem.store_files import (
 )
 from tiermem.store_format import TRAILER_BYTES, PageName
 from tiermem.store_index import StoredPages, StoreIndex
-from tiermem.store_rebuild import INDEX, rebuild_index
+from tiermem.store_rebuild import INDEX, is_mendable, mend_index, rebuild_index
 from tiermem.store_transfer import Int64s, StoreTransfer, parts_of
 from tiermem.vault import Vault
 
 __all__ = ["INDEX_BYTES", "INDEX_BYTES_PER_SLOT", "ColdStore", "StoreTransfer", "StoredPages"]
+
+log = logging.getLogger("tiermem")
 
 
 class ColdStore:
@@ -339,9 +343,20 @@ class ColdStore:
         directory = self._directory.subdirectory(INDEX)
         try:
             image = read_index(directory) if why else image
+            if is_mendable(image):
+                image = self._mended(directory, image)
             return StoreIndex(directory, self.num_slots, image, num_there)
         finally:
             directory.close()
+
+    def _mended(self, directory: PrivateDirectory, image: IndexImage) -> IndexImage:
+        """The index once its damaged records were made again; as it is where that cannot be done now."""
+        try:
+            mend_index(directory, self.num_slots, self.layout, self._file.read_trailers, image)
+        except TransferError as error:
+            log.warning("%s: damaged records stay lost: %s", self.path, error)
+            return image
+        return read_index(directory)
 
     def _sums_at(self, addresses: Int64s) -> NDArray[np.uint64]:
         return _core.checksum_pages(addresses, self.layout.layer_bytes, self.layout.num_layers)

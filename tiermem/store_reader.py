@@ -15,12 +15,11 @@ from tiermem import _core
 from tiermem.cipher import StoreCipher
 from tiermem.cipher_key import find_key
 from tiermem.errors import ConfigError, CorruptPageError
-from tiermem.index_image import INDEX_FILE, MAX_INDEX_BYTES, IndexImage, image_from
+from tiermem.index_image import INDEX_FILE, IndexImage, read_image
 from tiermem.layout import PageLayout
 from tiermem.private_files import PrivateDirectory
 from tiermem.store_content import StoreContent
 from tiermem.store_format import MAX_HEADER_BYTES, TRAILER_BYTES, header_key_id, header_layout
-from tiermem.store_records import ENTRY_ROW, PAGE
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _DIRECTORY = _READ | os.O_DIRECTORY
@@ -87,14 +86,12 @@ class StoreReader:
         """
         descriptor = self._open_index()
         try:
-            rows, others, damage = _core.read_lmdb(
-                descriptor, MAX_INDEX_BYTES, PAGE, ENTRY_ROW.itemsize
-            )
+            image = read_image(descriptor)
         finally:
             os.close(descriptor)
-        if damage:
-            raise CorruptPageError(f"{self.path / 'index' / INDEX_FILE}: {damage}")
-        return image_from(rows, others)
+        if image.damage:
+            raise CorruptPageError(f"{self.path / 'index' / INDEX_FILE}: {image.damage}")
+        return image
 
     def _open_index(self) -> int:
         where = self.path / "index"

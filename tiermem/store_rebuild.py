@@ -1,24 +1,30 @@
-"""A new index for a store whose index is damaged or gone: from the trailers behind its pages, payloads unread."""
+"""A new index for a store whose index is damaged or gone, and new records for damaged ones.
+
+Both from the trailers behind its pages; payloads are not read.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from tiermem.index_image import INDEX_FILE
+from tiermem.errors import TransferError
+from tiermem.index_image import INDEX_FILE, IndexImage
 from tiermem.layout import PageLayout
 from tiermem.private_files import PrivateDirectory
 from tiermem.store_files import open_index
 from tiermem.store_format import UNNAMED, root_in, sound_trailers
-from tiermem.store_names import ChainRoot
+from tiermem.store_names import KEY_BYTES, ChainRoot
 from tiermem.store_records import (
-    PAGE,
     ROOT,
+    UNKNOWN,
     Entry,
     number_key,
     pack_root,
@@ -32,6 +38,7 @@ ReadTrailers = Callable[[Int64s], NDArray[np.uint8]]
 """The trailers of these slots, (slots, 4096)."""
 
 INDEX, NEW_INDEX, DAMAGED_INDEX = "index", "index.new", "index.damaged"
+PAGE_RECORD_KEY_BYTES = 1 + KEY_BYTES
 BATCH_SLOTS = 4096
 """Trailers read at once: 16 MiB."""
 PROGRESS_S = 5.0
@@ -61,7 +68,8 @@ def rebuild_index(
         "%s: its index is damaged (%s) and is made again from %d trailers",
         directory.path, why, num_slots,
     )  # fmt: skip
-    records = index_records(layout, num_slots, read_trailers)
+    found = pages_in(layout, np.arange(num_slots, dtype=np.int64), read_trailers)
+    records = sorted(index_records(found, {}))
     if INDEX in directory.names():
         remove_directory(directory, DAMAGED_INDEX)
         rename(directory, INDEX, DAMAGED_INDEX)
@@ -76,7 +84,7 @@ def rebuild_index(
     os.fsync(directory.descriptor)
     log.warning(
         "%s: its index was made again in %.1f s: %d pages",
-        directory.path, time.monotonic() - start_s, sum(key[:1] == PAGE for key, _ in records),
+        directory.path, time.monotonic() - start_s, len(found),
     )  # fmt: skip
 
 
@@ -94,47 +102,111 @@ def _keep_beginning(directory: PrivateDirectory) -> None:
         os.close(descriptor)
 
 
-def index_records(
-    layout: PageLayout, num_slots: int, read_trailers: ReadTrailers
-) -> list[tuple[bytes, bytes]]:
-    """The records of an index of every named page that an undamaged trailer tells of, ascending by key."""
-    pages: dict[bytes, Entry] = {}
-    roots: dict[ChainRoot, int] = {}
+def is_mendable(image: IndexImage) -> bool:
+    """Whether a damaged record may be a page's."""
+    return any(len(key) == PAGE_RECORD_KEY_BYTES for key in image.strays)
+
+
+def mend_index(
+    directory: PrivateDirectory,
+    num_slots: int,
+    layout: PageLayout,
+    read_trailers: ReadTrailers,
+    image: IndexImage,
+) -> None:
+    """Put new records of pages in the place of damaged ones in the index in `directory`, which holds `image`.
+
+    Only the trailers of slots that no sound record names are read. Pages that a sound record names, or says are
+    gone, are passed over. Labels and hits of the others are lost.
+
+    Raises
+    ------
+    TransferError: the trailers cannot be read, or the index not be written; it is as it was.
+    """
+    slots = image.entries["entry"]["slot"]
+    is_free = np.ones(num_slots, dtype=np.bool_)
+    is_free[slots[slots < num_slots]] = False
+    log.warning(
+        "%s: %d damaged records in its index are made again from %d trailers",
+        directory.path, len(image.strays), is_free.sum(),
+    )  # fmt: skip
+    found = pages_in(layout, np.flatnonzero(is_free), read_trailers)
+    for key in image.entries["key"]:
+        found.pop(key.tobytes(), None)
+    for _, gone in image.gone:
+        if gone.key in found and found[gone.key].entry.generation <= gone.when_ns:
+            del found[gone.key]
+    numbers = {root.hash: number for number, root in image.roots.items()}
+    records = dict(index_records(found, numbers))
+    environment = open_index(directory, num_slots)
+    try:
+        with environment.begin(write=True) as transaction:
+            for key in image.strays:
+                transaction.delete(key)
+            for key in sorted(records):
+                transaction.put(key, records[key])
+    except lmdb.Error as error:
+        raise TransferError(f"{directory.path}: the index was not mended: {error}") from error
+    finally:
+        environment.close()
+    log.warning("%s: %d pages were found again", directory.path, len(found))
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPage:
+    """A page that a trailer tells of; the root's number is not in its entry yet."""
+
+    entry: Entry
+    root: ChainRoot
+
+
+def pages_in(
+    layout: PageLayout, slots: Int64s, read_trailers: ReadTrailers
+) -> dict[bytes, FoundPage]:
+    """By key, every named page that an undamaged trailer of one of `slots` tells of."""
+    pages: dict[bytes, FoundPage] = {}
     said_s = time.monotonic()
-    for start in range(0, num_slots, BATCH_SLOTS):
-        slots = np.arange(start, min(start + BATCH_SLOTS, num_slots), dtype=np.int64)
-        _add_pages(pages, roots, layout, slots, read_trailers(slots))
+    for start in range(0, len(slots), BATCH_SLOTS):
+        some = slots[start : start + BATCH_SLOTS]
+        _add_pages(pages, layout, some, read_trailers(some))
         if time.monotonic() > said_s + PROGRESS_S:
             said_s = time.monotonic()
-            log.warning("%d of %d trailers read, %d pages", slots[-1] + 1, num_slots, len(pages))
-    records = [(page_key(key), entry.pack(key)) for key, entry in pages.items()]
-    records += [
-        (number_key(ROOT, number), pack_root(number, root)) for root, number in roots.items()
-    ]
-    return sorted(records)
+            log.warning(
+                "%d of %d trailers read, %d pages", start + len(some), len(slots), len(pages)
+            )
+    return pages
 
 
 def _add_pages(
-    pages: dict[bytes, Entry],
-    roots: dict[ChainRoot, int],
-    layout: PageLayout,
-    slots: Int64s,
-    raw: NDArray[np.uint8],
+    pages: dict[bytes, FoundPage], layout: PageLayout, slots: Int64s, raw: NDArray[np.uint8]
 ) -> None:
-    """Add the entries of these slots; of two pages of one name the one written last counts."""
+    """Add the pages of these slots; of two of one name the one written last counts."""
     records, sound = sound_trailers(layout, raw)
     sound &= records["key"] != np.void(UNNAMED)
     records, slots = records[sound], slots[sound]
     checksums = roots_of(records["checksums"][:, : layout.num_layers])
     for record, slot, checksum in zip(records, slots.tolist(), checksums.tolist(), strict=True):
         key, generation = record["key"].tobytes(), int(record["generation"])
-        if key in pages and pages[key].generation > generation:
+        if key in pages and pages[key].entry.generation > generation:
             continue
-        number = roots.setdefault(root_in(record), len(roots) + 1)
         position = min(int(record["position"]), 2**31 - 1)
         when_s = min(generation // 10**9, 2**32 - 1)
         parent = record["parent"].tobytes()
-        pages[key] = Entry(slot, position, generation, checksum, parent, number, last_use_s=when_s)
+        entry = Entry(slot, position, generation, checksum, parent, UNKNOWN, last_use_s=when_s)
+        pages[key] = FoundPage(entry, root_in(record))
+
+
+def index_records(
+    pages: dict[bytes, FoundPage], numbers: dict[bytes, int]
+) -> Iterator[tuple[bytes, bytes]]:
+    """The records of these pages; and of their roots, but for those that have numbers, by hash."""
+    numbers = dict(numbers)
+    for key, page in pages.items():
+        number = numbers.get(page.root.hash)
+        if number is None:
+            number = numbers[page.root.hash] = max(numbers.values(), default=UNKNOWN) + 1
+            yield number_key(ROOT, number), pack_root(number, page.root)
+        yield page_key(key), replace(page.entry, root=number).pack(key)
 
 
 def write_index(
