@@ -53,8 +53,8 @@ def test_an_automatic_size_leaves_room_for_staging(caplog: pytest.LogCaptureFixt
     [
         ("tiermem.step.Upload", 1),
         ("tiermem.upload.Upload.send", 1),
-        ("tiermem.step.PartialSums", 1),
-        ("tiermem.step.PartialSums", 2),
+        ("tiermem.lower_pages.PartialSums", 1),
+        ("tiermem.lower_pages.PartialSums", 2),
         ("tiermem.attention.partial_sums.PartialSums.result", 1),
         ("tiermem.streaming.Ring.start", 1),
         ("tiermem.streaming.Ring.plan", 1),
