@@ -20,6 +20,7 @@ from tiermem import ConfigError, DeadlineError, NotDurableError, TransferError, 
 from tiermem._core import FaultOps, FileCall, Tier
 from tiermem.breaker import MOST_FAILURES, TierState, Use
 from tiermem.disk_budget import DiskGuard, Pause
+from tiermem.pools import VALID
 
 SLOTS = (8, 0, 32)
 
@@ -139,6 +140,24 @@ def test_pages_that_find_no_slot_though_the_cap_has_room_for_them_are_told(tmp_p
         other.close()
         manager.flush()
         assert manager.stats().tiers[Tier.SSD].used == 2
+
+
+def test_where_few_slots_are_left_the_pages_that_others_are_found_through_are_written(
+    tmp_path: Path,
+) -> None:
+    with open_manager(tmp_path / "s", (8, 0, 4)) as manager:
+        unnamed = manager.open_sequence()
+        append(manager, unnamed, 3 * PAGE, 1)
+        unnamed.suspend()
+        sequence = manager.open_sequence()
+        grow(manager, sequence, 3 * PAGE)
+        with pytest.raises(NotDurableError, match="2 of 3 "):
+            manager.flush()
+        states = manager._core.table.states(sequence.pages, Tier.SSD)
+        assert (states == VALID).tolist() == [True, False, False]
+        unnamed.close()
+        manager.flush()
+        assert manager._core.table.states(sequence.pages, Tier.SSD).tolist() == [VALID] * 3
 
 
 def test_without_an_ssd_there_is_nothing_to_flush_to() -> None:

@@ -98,7 +98,9 @@ def _write_from(core: Core, src: Tier, pages: Ids) -> None:
     core.table.pin(held, src)
     try:
         room = core.room.gain(Tier.SSD, len(held))
-        transfers = core.mover.submit(core.room.wanted(held)[:room], src, Tier.SSD)
+        wanted = core.room.wanted(held)
+        # Where there is not room for all: those that others are found through.
+        transfers = core.mover.submit(wanted[max(0, len(wanted) - room) :], src, Tier.SSD)
     finally:
         core.table.unpin(held, src)
     core.in_flight.wait_for(transfers)
