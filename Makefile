@@ -57,7 +57,7 @@ test-native: build/native/ready ## the C++ tests of the native core
 
 # The extension's own core is tested, where it was built here: compiling another one takes a minute.
 build/native/ready: $(BUILT) $(CPP)
-	cmake -S native -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	cmake -S native -B build/native -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTIERMEM_WERROR=ON \
 	  -DTIERMEM_CORE="$$(ls -t $$PWD/build/*/native/libtiermem_core.a 2>/dev/null | head -n 1)"
 	cmake --build build/native --parallel $(JOBS)
 	@touch $@
@@ -90,7 +90,8 @@ format: $(READY) ## bring the Python files into form
 
 sanitize: $(READY) ## the C++ tests under the address, undefined-behaviour and thread sanitizers
 	@for kind in address thread; do \
-	  cmake -S native -B build/$$kind -DTIERMEM_SANITIZE=$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+	  cmake -S native -B build/$$kind -DTIERMEM_SANITIZE=$$kind -DTIERMEM_WERROR=ON \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
 	  cmake --build build/$$kind --parallel $(JOBS) && \
 	  ctest --test-dir build/$$kind --output-on-failure || exit 1; \
 	done

@@ -3,7 +3,7 @@ file(GLOB core_sources CONFIGURE_DEPENDS src/*.cpp)
 add_library(tiermem_core STATIC ${core_sources})
 target_include_directories(tiermem_core PUBLIC include)
 target_link_libraries(tiermem_core PUBLIC Threads::Threads)
-target_compile_options(tiermem_core PRIVATE -Wall -Wextra -Wpedantic -Werror)
+target_compile_options(tiermem_core PRIVATE ${tiermem_warnings})
 set_target_properties(tiermem_core PROPERTIES POSITION_INDEPENDENT_CODE ON)
 
 # The attention kernels' registers are arrays until loops are unrolled, which takes -O3, and with a sanitizer

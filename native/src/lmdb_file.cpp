@@ -95,7 +95,8 @@ class FileWalk {
     content.transaction = meta_.transaction;
     Count main{meta_.main, compare, shape_, 2};
     walk(main);
-    std::sort(main.others.begin(), main.others.end());
+    std::sort(main.others.begin(), main.others.end(),
+              [](const auto& a, const auto& b) { return compare(a.first, b.first) < 0; });
     content.rows = std::move(main.rows);
     content.others = std::move(main.others);
     Count free{meta_.free, compare_numbers, {}, 1};
