@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
+import mmap
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from liveness_support import PAGE, check_content, grow, open_manager
+from liveness_support import PAGE, append, check_content, grow, open_manager, tokens_of
 from world import LAYOUT, kv_of
 
 from tiermem import ConfigError, Sequence, TierConfig, TierManager, TransferError
+from tiermem._core import Tier
 from tiermem.device.simulated import SimulatedDevice
 
 SLOT = LAYOUT.slot_bytes
 
 
 class Refusing:
-    """Raises what torch raises when a GPU is full, at the call of this number."""
+    """Raises an error at the call of this number: if not given, what torch raises when a GPU is full."""
 
-    def __init__(self, real: Callable[..., Any], number: int) -> None:
+    def __init__(
+        self, real: Callable[..., Any], number: int, error: Exception | None = None
+    ) -> None:
         self._real = real
         self._number = number
+        self._error = error or torch.cuda.OutOfMemoryError("CUDA out of memory")
         self.num_calls = 0
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.num_calls += 1
         if self.num_calls == self._number:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise self._error
         return self._real(*arguments, **options)
 
 
@@ -131,6 +140,73 @@ def test_buffers_for_the_cpu_that_cannot_be_had_fail_the_step_alone(
         grow(manager, sequence, 1)
         check_content(sequence)
         manager.check()
+
+
+def use_suspend(manager: TierManager, sequence: Sequence) -> None:
+    grow(manager, sequence, 1)
+    sequence.suspend()
+
+
+def use_read(manager: TierManager, sequence: Sequence) -> None:
+    sequence.read(1, 0, sequence.num_tokens)
+
+
+def use_step(manager: TierManager, sequence: Sequence) -> None:
+    grow(manager, sequence, 3)
+
+
+def use_prefetch(manager: TierManager, sequence: Sequence) -> None:
+    sequence.prefetch()
+
+
+def use_flush(manager: TierManager, sequence: Sequence) -> None:
+    manager.flush()
+
+
+@pytest.mark.parametrize("use", [use_suspend, use_read, use_step, use_prefetch, use_flush])
+@pytest.mark.parametrize("slots", [(6, 0, 20), (6, 3, 20), (2, 3, 20)])
+def test_host_memory_that_is_refused_leaves_no_page_on_its_way(
+    tmp_path: Path, slots: tuple[int, int, int], use: Callable[[TierManager, Sequence], None]
+) -> None:
+    """For trailers of pages, and for what checksums are compared with."""
+    num_refused = 0
+    with open_manager(tmp_path / "s", slots, SimulatedDevice(5), io_timeout_s=30.0) as manager:
+        sequence = manager.open_sequence()
+        for _ in range(6):
+            append(manager, sequence, PAGE)
+        sequence.suspend()
+        sequence.record(tokens_of(0, 6 * PAGE))
+        core = manager._core
+        for number in range(1, 9):
+            refusing = [
+                Refusing(mmap.mmap, number, OSError(errno.ENOMEM, "no memory")),
+                Refusing(torch.zeros, number, RuntimeError("CUDA error: out of memory")),
+            ]
+            for name, called in zip(("mmap.mmap", "torch.zeros"), refusing, strict=True):
+                if use is use_suspend and slots[0] == 2:
+                    continue  # the step itself needs the memory
+                with pytest.MonkeyPatch.context() as patch:
+                    module = "tiermem.slot_file" if name == "mmap.mmap" else "tiermem.device.sums"
+                    patch.setattr(f"{module}.{name.partition('.')[0]}", only(name, called))
+                    try:
+                        use(manager, sequence)
+                    except TransferError:
+                        num_refused += 1
+                core.in_flight.drain()
+                core.leases.end_all()
+                manager.check()
+                counts = [core.table.counts(tier) for tier in Tier]
+                assert [(tier.filling, tier.pinned) for tier in counts] == [(0, 0)] * 3
+                check_content(sequence)
+                sequence.suspend()
+    assert num_refused > 0 or (use is use_prefetch and slots[1] == 0) or slots[0] == 2
+
+
+def only(name: str, called: Refusing) -> SimpleNamespace:
+    """A module like the one that `name` is of, but for that."""
+    module, _, attribute = name.partition(".")
+    names = vars(importlib.import_module(module))
+    return SimpleNamespace(**{**names, attribute: called})
 
 
 @pytest.mark.gpu

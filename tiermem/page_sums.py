@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tiermem import _core
 from tiermem.device.protocol import Device, Event, Slices, Stream
+from tiermem.device.sums import new_zeros
 from tiermem.errors import DeadlineError, TransferError
 from tiermem.layout import PageLayout
 from tiermem.pools import Addresses, Ids, SlotPool, Slots, Tier
@@ -129,9 +130,14 @@ class PageSums:
         return self._rows[tier].addresses(slots)
 
     def new_rows(self, count: int) -> tuple[Sums, Addresses]:
-        """Rows of no slot, which must be kept as long as a device uses them, and where they lie."""
+        """Rows of no slot, which must be kept as long as a device uses them, and where they lie.
+
+        Raises
+        ------
+        TransferError: there is no memory for them.
+        """
         pinned = self._device.torch_device.type == "cuda"
-        rows = torch.zeros((count, self._layout.num_layers), dtype=torch.int64, pin_memory=pinned)
+        rows = new_zeros((count, self._layout.num_layers), torch.int64, pinned=pinned)
         addresses = rows.data_ptr() + np.arange(count, dtype=np.int64) * rows.stride(0) * SUM_BYTES
         return rows.numpy().view(np.uint64), addresses
 

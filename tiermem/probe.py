@@ -13,9 +13,11 @@ from tiermem.inflight import InFlight
 from tiermem.pools import Ids, Tier
 from tiermem.store import ColdStore, StoreTransfer
 
+PROBE_BYTE = b"\x5a"
+
 
 class Probe:
-    """In the list of work in flight; its page has no name and no content, and its memory is its own.
+    """In the list of work in flight; its page has no name, and its memory is its own.
 
     `stages` start one after the other.
     """
@@ -84,20 +86,26 @@ class Probe:
 
 
 def start_probe(store: ColdStore, table: _core.PageTable, in_flight: InFlight) -> None:
-    """Write one page to a slot that is free, or to that of the coldest copy that loses nothing; never waits.
+    """Write one page to a slot that is free; never waits.
 
-    Without such a slot the tier is taken to work: what follows will tell.
+    Where none is free the tier is taken to work: what follows will tell. Without memory for the page it is tried
+    another time.
     """
     if table.counts(Tier.SSD).free == 0:
         store.breaker.probe_ended(None)
         return
+    num_bytes = store.layout.slot_bytes
+    try:
+        memory = mmap.mmap(-1, 2 * num_bytes)
+    except OSError:
+        return
     store.breaker.begin_probe()
     page = table.create(1)
     slots = table.reserve(page, Tier.SSD)
-    memory = mmap.mmap(-1, store.layout.slot_bytes)
-    address = np.array([np.frombuffer(memory, dtype=np.uint8).ctypes.data], dtype=np.int64)
+    memory[:num_bytes] = PROBE_BYTE * num_bytes  # and zeros where it is to come back
+    written = np.array([np.frombuffer(memory, dtype=np.uint8).ctypes.data], dtype=np.int64)
     stages: list[Callable[[], StoreTransfer]] = [
-        lambda: store.write(slots, address, [None]),
-        lambda: store.read(slots, address),
+        lambda: store.write(slots, written, [None]),
+        lambda: store.read(slots, written + num_bytes),
     ]
     in_flight.add(Probe(store, table, page, stages, memory))

@@ -47,8 +47,13 @@ class SlotFile:
     def new_pages(
         self, slots: Int64s, addresses: Int64s, check: CheckPart | None = None
     ) -> StoreTransfer:
-        """A transfer of pages between `slots` and `addresses` of which no part was started yet."""
-        tails = mmap.mmap(-1, TRAILER_BYTES * len(slots))
+        """A transfer of pages between `slots` and `addresses` of which no part was started yet.
+
+        Raises
+        ------
+        TransferError: there is no memory for their trailers.
+        """
+        tails = _new_tails(len(slots))
         return StoreTransfer(self._engine, slots, addresses, tails, self.timeout_s, check)
 
     def read_pages(self, transfer: StoreTransfer, places: Int64s) -> None:
@@ -123,7 +128,7 @@ class SlotFile:
     def _new_trailers(self, count: int) -> StoreTransfer:
         """A transfer of no pages, with memory for trailers: it stays as long as they are on their way."""
         nothing = np.empty(0, dtype=np.int64)
-        tails = mmap.mmap(-1, TRAILER_BYTES * count)
+        tails = _new_tails(count)
         return StoreTransfer(self._engine, nothing, nothing, tails, self.timeout_s)
 
     def _move_trailers(
@@ -154,3 +159,12 @@ class SlotFile:
 def _row_addresses(rows: NDArray[np.uint8]) -> Int64s:
     """Where each trailer lies."""
     return rows.ctypes.data + np.arange(len(rows), dtype=np.int64) * TRAILER_BYTES
+
+
+def _new_tails(count: int) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, TRAILER_BYTES * count)
+    except OSError as error:
+        raise TransferError(
+            error.errno, f"no memory for {count} trailers of pages: {error.strerror}"
+        ) from error

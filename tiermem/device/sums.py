@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from tiermem import _core
 from tiermem.device.protocol import Addresses, Slices
+from tiermem.errors import TransferError
 
 SLICE_ALIGN_BYTES = 16
 WORD_BYTES = 8
@@ -23,16 +25,25 @@ def make_slices(
     Raises
     ------
     ValueError: lengths that differ, or slices that do not all start at multiples of 16 bytes.
+    TransferError: there is no memory for them.
     """
     if pages.shape != rows.shape:
         raise ValueError(f"rows of shape {rows.shape}: must be {pages.shape}, one for each page")
     if slice_bytes < SLICE_ALIGN_BYTES or slice_bytes % SLICE_ALIGN_BYTES:
         raise ValueError(f"slice_bytes={slice_bytes}: must be a multiple of {SLICE_ALIGN_BYTES}")
-    words = torch.zeros((2, len(pages)), dtype=torch.int64, pin_memory=pinned)
+    words = new_zeros((2, len(pages)), torch.int64, pinned=pinned)
     words[0] = torch.from_numpy(pages)
     words[1] = torch.from_numpy(rows)
-    marks = torch.zeros(len(pages), dtype=torch.int32, pin_memory=pinned)
+    marks = new_zeros((len(pages),), torch.int32, pinned=pinned)
     return Slices(words[0], words[1], marks, slice_bytes)
+
+
+def new_zeros(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+    """A tensor of zeros in host memory; TransferError where it, or so much that is pinned, cannot be had."""
+    try:
+        return torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+    except RuntimeError as error:  # as torch tells of both
+        raise TransferError(errno.ENOMEM, f"no memory for checksums: {error}") from error
 
 
 def sum_now(slices: Slices, layers: range) -> None:
