@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 import torch
 from world import LAYOUT, kv_of, store_bytes
 
-from tiermem import Sequence, TierConfig, TierManager, _core
+from tiermem import ConfigError, Sequence, TierConfig, TierManager, _core
 from tiermem._core import EngineKind, FaultOps
 from tiermem.breaker import TierState
 from tiermem.device.protocol import Device
@@ -21,6 +21,7 @@ from tiermem.device.protocol import Device
 PAGE = LAYOUT.page_tokens
 DEADLINE_S = 0.15
 SLACK_S = 1.0
+GIVE_UP_S = 30.0
 
 
 @pytest.fixture(name="faults")
@@ -110,3 +111,13 @@ def settle(manager: TierManager) -> None:
             return
         ended.wait(0.01)
     raise AssertionError("it did not come back")
+
+
+def reopened(path: Path, slots: tuple[int, int, int]) -> TierManager:
+    """A manager on a store that is given back as soon as what was late there has ended."""
+    end_s = time.monotonic() + GIVE_UP_S
+    while time.monotonic() < end_s:
+        with suppress(ConfigError):
+            return open_manager(path, slots, io_timeout_s=GIVE_UP_S)
+        threading.Event().wait(0.01)
+    raise AssertionError(f"{path} was not given back")

@@ -17,6 +17,7 @@ from liveness_support import (
     in_time,
     make_due,
     open_manager,
+    reopened,
     settle,
     state,
     tokens_of,
@@ -146,7 +147,7 @@ def test_suspend_and_prefetch_return_while_the_disk_hangs(tmp_path: Path, faults
 
 
 @pytest.mark.parametrize("call", [FileCall.WRITE, FileCall.READ])
-def test_close_returns_while_the_disk_hangs_and_gives_the_lock_back(
+def test_close_returns_while_the_disk_hangs_and_the_lock_comes_back_after_that(
     tmp_path: Path, faults: FaultOps, call: FileCall, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = open_manager(tmp_path / "s", (3, 2, 20))
@@ -162,7 +163,7 @@ def test_close_returns_while_the_disk_hangs_and_gives_the_lock_back(
     manager.close()
     assert "not given back" in caplog.text
     faults.release()
-    with open_manager(tmp_path / "s", (3, 2, 20)) as again:
+    with reopened(tmp_path / "s", (3, 2, 20)) as again:
         found = again.open_sequence(tokens_of(0, 8 * PAGE))
         check_content(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import time
 from typing import Protocol
@@ -133,6 +134,10 @@ class GuardedEngine:
             return True
         _LEFT_BEHIND.append(self)
         return False
+
+    def join(self) -> None:
+        """Wait until nothing is in flight, as long as it takes; after `close`."""
+        self._engine.close(math.inf)
 
     def _submit(self, use: Use, operations: tuple[object, ...]) -> int:
         self.settle_late()

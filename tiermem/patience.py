@@ -25,6 +25,10 @@ class PatientCall:
         """Whether the call has returned."""
         return not self._thread.is_alive()
 
+    def join(self) -> None:
+        """Wait for the call as long as it takes, whatever it raises."""
+        self._thread.join()
+
     def wait(self, timeout_s: float) -> None:
         """Wait for the call; raises what it raised, or DeadlineError after `timeout_s` seconds: it goes on."""
         self._thread.join(timeout_s)

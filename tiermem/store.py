@@ -15,6 +15,7 @@ the checksums, whenever it is read. So an entry that is outdated after a crash i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -29,10 +30,11 @@ from tiermem.cipher import CIPHER_NAME
 from tiermem.cipher_key import SecretKey
 from tiermem.disk_budget import DiskGuard, DiskLimits
 from tiermem.disk_rates import DiskOptions
-from tiermem.errors import ConfigError, TransferError
+from tiermem.errors import ConfigError, DeadlineError, TransferError
 from tiermem.guarded_io import open_guarded
 from tiermem.index_image import INDEX_FILE, IndexImage, read_index
 from tiermem.layout import PageLayout
+from tiermem.patience import PatientCall
 from tiermem.private_files import PrivateDirectory
 from tiermem.slot_file import SlotFile
 from tiermem.slot_trailers import SlotTrailers
@@ -307,26 +309,47 @@ class ColdStore:
 
         Raises
         ------
-        TransferError: what was written last is not durable; all is given up even so, but files that are in use.
+        TransferError: what was written last is not durable. All is given up even so; where something is late, the
+        files and the lock when that has ended.
         """
         if self._lock < 0:
             return
         try:
             self.sync()
         finally:
-            self.guard.close()
+            if self.num_late == 0:  # else it may hang too: what was written last counts as written
+                self.guard.close()
             is_idle = self.stop()
-            if self._commits.is_idle:
-                self.index.close()
-                if is_idle:
-                    self._file.close()
             if self._vault is not None:
                 self._vault.close()
             self._directory.close()
-            os.close(self._lock)
-            self._lock = -1
+            lock, self._lock = self._lock, -1
+            if is_idle and self._commits.is_idle:
+                self._give_up(lock)
+            else:
+                self._give_up_late(lock)
 
     # ---- inside ------------------------------------------------------------------------------------
+
+    def _give_up(self, lock: int) -> None:
+        self.index.close()
+        self._file.close()
+        os.close(lock)
+
+    def _give_up_late(self, lock: int) -> None:
+        """When what still runs has ended: until then nobody else may write to the slots, nor to the index."""
+
+        def give_up() -> None:
+            self._commits.join()
+            self.engine.join()
+            self._give_up(lock)
+
+        call = PatientCall(give_up, "what is late on the SSD tier")
+        if self.num_late == 0:  # an interrupt has come before the deadline
+            with contextlib.suppress(DeadlineError):
+                call.wait(self._timeout_s)
+        if not call.poll():
+            log.error("%s stays locked until what is late there has ended", self.path)
 
     def _open_index(self, num_there: int) -> StoreIndex:
         """The index; of a store that had slots, made again first where it is damaged or gone."""

@@ -61,6 +61,11 @@ class Commits:
         """Whether no thread uses the index or the slots."""
         return self._running is None or self._running.poll()
 
+    def join(self) -> None:
+        """Wait for the commit that runs, if any, as long as it takes."""
+        if self._running is not None:
+            self._running.join()
+
     def sync(self) -> None:
         """Return when every page and entry written so far is durable.
 

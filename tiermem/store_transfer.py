@@ -36,8 +36,7 @@ def parts_of(slots: Int64s, page_bytes: int) -> Iterator[Int64s]:
 
 
 class StoreTransfer:
-    """Pages being read from or written to the store. Owns the trailers' memory, and what it is to `keep`, until it
-    has ended.
+    """Pages being read from or written to the store. Owns the trailers' memory until it has ended.
 
     One that misses its deadline is kept by the engine until it has ended, and fails then.
 
@@ -63,7 +62,6 @@ class StoreTransfer:
         self._deadline_s = time.monotonic() + timeout_s
         self._check = check
         self._good = np.zeros(len(slots), dtype=np.bool_)
-        self._kept: list[mmap.mmap] = []
         self._parts: list[tuple[int, Int64s]] = []
         self._num_ended = 0
         self._error: TransferError | None = None
@@ -91,11 +89,6 @@ class StoreTransfer:
         """The trailers of whole pages, (pages, 4096), where they lie; those of ended parts, of a read."""
         assert self.tails is not None
         return np.frombuffer(self.tails, dtype=np.uint8).reshape(-1, TRAILER_BYTES)
-
-    def keep(self, memory: mmap.mmap) -> None:
-        """Parts are written from `memory`, which is to stay as long as the transfer runs."""
-        if not any(other is memory for other in self._kept):
-            self._kept.append(memory)
 
     def refuse(self, error: TransferError) -> None:
         """What was to be submitted cannot be: the transfer fails, once the parts before have ended."""

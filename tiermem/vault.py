@@ -138,7 +138,6 @@ class Vault:
         self._buffers.append(self._buffers.pop(place))
         self._users.append(self._users.pop(place))
         self._users[-1] = transfer
-        transfer.keep(self._buffers[-1])
         base = np.frombuffer(self._buffers[-1], dtype=np.uint8).ctypes.data
         return base + np.arange(count, dtype=np.int64) * stride
 

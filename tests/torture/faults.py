@@ -141,7 +141,7 @@ def _check(
 ) -> None:
     """Reopen without faults: nothing is wrong, and nothing lost that a flush had returned for."""
     start_s = time.monotonic()
-    manager = replace(setting, timeout_s=20.0).open(where / "store")
+    manager = replace(setting, timeout_s=20.0).reopen(where / "store")
     tally.open_s = max(tally.open_s, time.monotonic() - start_s)
     tally.reopened += 1
     actor = Actor(manager, prompts, random.Random(0), tally)

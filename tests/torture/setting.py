@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from world import LAYOUT, store_bytes
 
-from tiermem import TierConfig, TierManager
+from tiermem import ConfigError, TierConfig, TierManager
+
+GIVE_UP_S = 20.0
 
 AMPLE = 420
 """Slots on the SSD for everything that the prompts can become, spilled pages included: nothing is evicted."""
@@ -68,3 +72,12 @@ class Setting:
     def open(self, path: Path) -> TierManager:
         """A manager over the store at `path`."""
         return TierManager(LAYOUT, self.config(path), model_id="torture")
+
+    def reopen(self, path: Path) -> TierManager:
+        """The same, where a store is given back as soon as what was late there has ended."""
+        end_s = time.monotonic() + GIVE_UP_S
+        while time.monotonic() < end_s:
+            with suppress(ConfigError):
+                return self.open(path)
+            time.sleep(0.01)
+        return self.open(path)
