@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import pytest
 from liveness_support import PAGE, check_content, grow, open_manager, tokens_of
+from world import LAYOUT, kv_of
 
-from tiermem import OutOfPagesError, TierManager
+from tiermem import OutOfPagesError, Sequence, TierManager
 from tiermem.device.cpu import CpuDevice
 from tiermem.device.protocol import Device
 from tiermem.device.simulated import SimulatedDevice
@@ -102,3 +104,42 @@ def test_an_interrupt_while_a_manager_closes_is_made_up_for_by_the_next_close(
             found = again.open_sequence(tokens_of(salt, 3 * PAGE))
             check_content(found, salt)
     assert num_interrupted > 0
+
+
+@pytest.mark.parametrize("slots", [(8, 8, 0), (3, 12, 0)], ids=["hot", "streamed"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_step_that_is_interrupted_while_its_tokens_are_taken_over_breaks_no_sequence(
+    slots: tuple[int, int, int], number: int
+) -> None:
+    with open_manager(None, slots, CpuDevice()) as manager:
+        sequences = [manager.open_sequence(), manager.open_sequence()]
+        for sequence in sequences:
+            grow(manager, sequence, PAGE + 3)
+        advance, left = Sequence.advance, number
+
+        def interrupt(sequence: Sequence, pages: np.ndarray, new_tokens: int) -> None:
+            nonlocal left
+            advance(sequence, pages, new_tokens)
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+
+        def step_of_both() -> None:
+            tokens = np.array(tokens_of(0, 3 * PAGE + 3)[PAGE + 3 :])
+            with manager.step(sequences, 2 * PAGE) as step:
+                for layer in range(LAYOUT.num_layers):
+                    kv = kv_of(b"", tokens, PAGE + 3, layer).repeat(1, 2, 1, 1)
+                    step.append(layer, kv[0], kv[1])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Sequence, "advance", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                step_of_both()
+        assert [sequence.num_tokens for sequence in sequences] == [PAGE + 3, PAGE + 3]
+        for sequence in sequences:
+            check_content(sequence)
+            grow(manager, sequence, 5)
+            check_content(sequence)
+            sequence.close()
+        manager._core.in_flight.drain()
+        manager.check()

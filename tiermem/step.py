@@ -337,9 +337,15 @@ class Step:
                 written = share.pages[share.first_written : fulls[-1]]
                 full_pages.append(written[~core.table.is_sealed(written)])
         plan.born = core.seal(np.concatenate(full_pages))  # the last that may be refused
-        for share in plan.shares:
-            share.sequence.advance(share.pages, share.new_tokens)
-        plan.created.clear()
+        before = [(share.sequence.pages, share.past_tokens) for share in plan.shares]
+        try:
+            for share in plan.shares:
+                share.sequence.advance(share.pages, share.new_tokens)
+            plan.created.clear()
+        except BaseException:  # an interrupt: all of them or none
+            for share, (pages, num_tokens) in zip(plan.shares, before, strict=True):
+                share.sequence.pages, share.sequence.num_tokens = pages, num_tokens
+            raise
         if not core.room.is_short(Tier.GPU):
             for share, full in zip(plan.shares, fulls, strict=True):
                 if plan.is_resident or share.is_hot:
