@@ -243,3 +243,24 @@ def test_what_is_pending_stays_bounded_while_nothing_can_be_written(store: ColdS
     disk.fails = False
     commits.sync()
     assert store.index.num_pending == 0
+
+
+def test_a_thread_that_cannot_be_had_fails_the_commit_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(tmp_path)
+    names = publish(store, [0, 1])
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            with pytest.raises(TransferError, match="not synced: can't start new thread"):
+                store.sync()
+    assert not store.index.is_durable(ids([0, 1])).any()
+    store.sync()
+    assert store.index.is_durable(ids([0, 1])).all()
+    store.close()
+    assert stored_keys(tmp_path) == {name.key for name in names}

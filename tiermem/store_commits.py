@@ -83,9 +83,14 @@ class Commits:
             if self._running is not None:
                 raise TransferError(errno.EIO, breaker.describe())
         records = self._index.begin_commit()
-        self._running = PatientCall(
-            lambda: self._make_durable(records), "making the SSD tier durable"
-        )
+        try:
+            self._running = PatientCall(
+                lambda: self._make_durable(records), "making the SSD tier durable"
+            )
+        except RuntimeError as error:  # as Python tells of a thread that cannot be had
+            self._index.end_commit(is_good=False)
+            self._backoff.note_failure()
+            raise TransferError(errno.EAGAIN, f"the SSD tier was not synced: {error}") from error
         self._wait(self._running)
 
     def poll(self) -> None:
