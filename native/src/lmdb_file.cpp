@@ -18,6 +18,7 @@ using namespace lmdb;
 
 constexpr std::size_t kMaxKey = 511;
 constexpr int kMaxDepth = 32;
+constexpr std::uint64_t kMaxTransaction = ~std::uint64_t{0} >> 1;  // LMDB counts on without looking
 // What one thread reads at once: it stays in the cache until it is verified. Gaps are read along:
 // a request costs as much as some pages do.
 constexpr std::size_t kReadBytes = std::size_t{256} << 10;
@@ -84,13 +85,17 @@ class FileWalk {
       damaged("last page " + std::to_string(meta_.last_page) + " of at most " +
               std::to_string(max_pages));
     }
+    if (meta_.transaction > kMaxTransaction) damaged("the number of the transaction");
     num_pages_ = source.num_bytes / meta_.page_bytes;
     seen_.resize(meta_.last_page + 1);
     seen_[0] = seen_[1] = 1;
   }
 
   LmdbContent run() {
-    if (meta_.free.flags != kIntegerKeys || meta_.main.flags != 0) damaged("flags of a tree");
+    // The pad of the free pages' tree is the size of a page.
+    if (meta_.free.flags != kIntegerKeys || meta_.main.flags != 0 || meta_.main.pad != 0) {
+      damaged("flags of a tree");
+    }
     LmdbContent content;
     content.transaction = meta_.transaction;
     Count main{meta_.main, compare, shape_, 2};

@@ -16,8 +16,14 @@ Tree tree_at(ConstBytes page, std::size_t offset) {
   const auto word = [&](std::size_t i) {
     return number_at<std::uint64_t>(page, offset + 8 + 8 * i);
   };
-  return {number_at<std::uint16_t>(page, offset + 4), number_at<std::uint16_t>(page, offset + 6),
-          word(0), word(1), word(2), word(3), word(4)};
+  return {number_at<std::uint32_t>(page, offset),
+          number_at<std::uint16_t>(page, offset + 4),
+          number_at<std::uint16_t>(page, offset + 6),
+          word(0),
+          word(1),
+          word(2),
+          word(3),
+          word(4)};
 }
 
 Meta meta_at(ConstBytes head, std::uint64_t number, std::uint64_t page_bytes) {

@@ -33,6 +33,7 @@ Number number_at(ConstBytes bytes, std::size_t offset) {
 [[noreturn]] void bad_page(std::uint64_t number);
 
 struct Tree {
+  std::uint32_t pad = 0;
   std::uint16_t flags = 0;
   std::uint16_t depth = 0;
   std::uint64_t branches = 0;

@@ -165,12 +165,13 @@ void test_refuses_what_lmdb_would_follow() {
   const std::size_t leaf = 3 * kPage;
   CHECK(is_damage(meta + 16, std::uint32_t{1}) && is_damage(std::size_t{16}, std::uint32_t{1}));
   CHECK(is_damage(meta + 40, std::uint32_t{8192}) && is_damage(meta + 44, std::uint16_t{0}));
+  CHECK(is_damage(meta + 88, std::uint8_t{4}) && is_damage(meta + 91, std::uint8_t{1}));
   CHECK(is_damage(meta + 92, std::uint16_t{4}) && is_damage(meta + 94, std::uint16_t{1}));
   CHECK(is_damage(meta + 94, std::uint16_t{60}) && is_damage(meta + 96, std::uint64_t{2}));
   CHECK(is_damage(meta + 120, std::uint64_t{5}) && is_damage(meta + 128, std::uint64_t{1}));
   CHECK(is_damage(meta + 128, kNone) && is_damage(meta + 128, std::uint64_t{1} << 60));
   CHECK(is_damage(meta + 136, std::uint64_t{3}) && is_damage(meta + 136, std::uint64_t{7}));
-  CHECK(is_damage(meta + 136, kNone));
+  CHECK(is_damage(meta + 136, kNone) && is_damage(meta + 151, std::uint8_t{128}));
   CHECK(is_damage(branch, std::uint64_t{3}) && is_damage(branch + 10, std::uint16_t{2}));
   CHECK(is_damage(branch + 12, std::uint16_t{17}) && is_damage(branch + 12, std::uint16_t{18}));
   CHECK(is_damage(branch + 14, std::uint16_t{10}) && is_damage(branch + 14, std::uint16_t{5000}));

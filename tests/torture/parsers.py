@@ -48,6 +48,7 @@ from tiermem.store_records import (
     sealed,
 )
 from tiermem.units import Size
+from torture.index_file import EDIT_BYTES, check_index, edited
 from torture.mutations import mutated
 from torture.tally import Tally, ViolationError
 
@@ -113,6 +114,11 @@ def _sound_records(data: bytes, where: Path) -> None:
 def _split(data: bytes) -> list[tuple[bytes, bytes]]:
     key_bytes = {b"p": 33, b"r": 5, b"l": 5, b"g": 5}.get(data[:1], 4)
     return [(data[:key_bytes], data[key_bytes:])]
+
+
+def _index_file(data: bytes, where: Path) -> None:
+    """An LMDB file with the edits that `data` tells."""
+    check_index(edited(data), where)
 
 
 def _budget(data: bytes, where: Path) -> None:
@@ -192,6 +198,7 @@ def _stats() -> bytes:
         return json.dumps(manager.stats().to_json()).encode()
 
 
+INDEX_EDITS = tuple(random.Random(i).randbytes(EDIT_BYTES * i) for i in (1, 1, 2, 5))
 TRAILER_SEEDS = (pack_trailer(LAYOUT, NAME, GENERATION, SUMS),)
 
 
@@ -214,6 +221,7 @@ def parsers() -> dict[str, Parser]:
         "sound trailer": Parser(TRAILER_SEEDS, _sound_trailer, ()),
         "index records": Parser(RECORDS, _records, ()),
         "sound index records": Parser(RECORDS, _sound_records, ()),
+        "index file": Parser(INDEX_EDITS, _index_file, ()),
         "write budget": Parser((budget,), _budget, ()),
         "sound write budget": Parser((budget,), _sound_budget, ()),
         "JSON configuration": Parser((json_config,), _json_config),
