@@ -114,7 +114,9 @@ def _function(bench: Run, layout: PageLayout, num_bytes: int) -> Turns:
         reader = _core.MemoryReader(1)
         turns = take_turns(
             lambda: _host_seconds(
-                lambda: _core.checksum_pages(pages, layout.layer_bytes, layout.num_layers)
+                lambda: _core.checksum_slices(
+                    memory.address, layout.layer_bytes, len(pages) * layout.num_layers
+                )
             ),
             lambda: _host_seconds(lambda: reader.sum(memory.address, num_bytes)),
             2 * bench.repeats,
