@@ -176,6 +176,17 @@ def test_a_file_system_without_holes_gets_the_end_back(
     assert found(store) == {"a": 6, "b": 8, "c": 10, "d": 4}
 
 
+def test_pages_that_went_do_not_come_back_with_an_index_that_is_made_again(
+    cli: Cli, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no holes can be made, their bytes stay, but nothing says any more what they are."""
+    monkeypatch.setattr("tiermem.store_keeper._punch", lambda *_arguments: False)
+    cli("gc", store, "--session", "b")
+    before = found(store)
+    (store / "index" / "data.mdb").write_bytes(bytes(8192))
+    assert found(store) == before == {"a": 6, "b": 4, "c": 10, "d": 4}
+
+
 def test_an_index_that_cannot_be_written_leaves_the_old_one(
     cli: Cli, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,10 @@ class StoreKeeper:
             os.close(descriptor)
 
     def give_back(self, used_slots: Int64s) -> None:
-        """Free the room of every slot but these, where the file system can, and what is no part of a store."""
+        """Free the room of every slot but these, where the file system can, and what is no part of a store.
+
+        What cannot be freed says no more which page it was, so that an index that is made again does not find it.
+        """
         for name in strangers(self._directory):
             self._remove(name)
         stride = self.reader.slot_stride
@@ -110,6 +113,11 @@ class StoreKeeper:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        kept = [gap for gap, is_free in zip(gaps, punched, strict=True) if not is_free]
+        end = used[-1] + 1 if used else 1
+        left = [np.arange(start, min(start + count, end)) for start, count in kept if start < end]
+        if left:
+            self.wipe_trailers(np.concatenate(left).astype(np.int64))
 
     # ---- inside ------------------------------------------------------------------------------------
 
