@@ -42,6 +42,7 @@ from tiermem.store import ColdStore
 from tiermem.store_check import check_page, check_pages
 from tiermem.store_format import TRAILER_BYTES, pack_trailers, sound_trailers
 from tiermem.store_reader import StoreReader
+from tiermem.store_transfer import StoreTransfer
 
 SECRET = bytes(range(7, 39))
 KEY = SecretKey(SECRET)
@@ -525,6 +526,29 @@ def test_an_index_that_names_another_page_serves_nothing(
         with pytest.raises(TransferError):
             read_all(sequence)
         assert manager.stats().corrupt_pages > 0
+
+
+def test_slices_that_were_started_end_before_a_refused_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Their slots are given up by then: nothing may still be on its way there."""
+    monkeypatch.setattr("tiermem.store_transfer.PART_BYTES", LAYOUT.layer_bytes)
+    store = ColdStore(tmp_path / "s", LAYOUT, store_bytes(4), "threads", 30.0, key=KEY)
+    pages = rng.integers(0, 256, (2, LAYOUT.layer_bytes), dtype=np.uint8)
+    encrypt = iter([store._vault.encrypt_layer])
+
+    def refused_at_second(transfer: StoreTransfer, *rest: object) -> object:
+        started.append(transfer)
+        for first in encrypt:
+            return first(transfer, *rest)
+        raise TransferError("no memory to encrypt in")
+
+    started: list[StoreTransfer] = []
+    monkeypatch.setattr(store._vault, "encrypt_layer", refused_at_second)
+    with pytest.raises(TransferError, match="no memory to encrypt in"):
+        store.write_slices(np.arange(2), 0, pages.ctypes.data + np.arange(2) * pages.shape[1])
+    assert len(started) == 2 and started[0] is started[1] and started[0].has_ended
+    store.close()
 
 
 # ---- looking inside --------------------------------------------------------------------------------

@@ -217,7 +217,11 @@ class ColdStore:
         for places in parts_of(slots, self.layout.layer_bytes):
             sources = addresses[places]
             if self._vault is not None:
-                sources = self._vault.encrypt_layer(transfer, slots[places], layer, sources)
+                try:
+                    sources = self._vault.encrypt_layer(transfer, slots[places], layer, sources)
+                except TransferError as error:
+                    transfer.refuse(error)
+                    break
             self._file.write_slices(transfer, places, layer, sources)
         transfer.complete()
 
