@@ -213,15 +213,34 @@ def test_a_store_opened_again_gives_up_leaves_before_what_they_follow(
         assert manager.open_sequence(chain).num_tokens == 2 * PAGE
 
 
+def test_a_step_in_a_store_opened_again_evicts_leaves_before_what_they_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_ns = 10**18
+    monkeypatch.setattr("tiermem.store_index.time.time_ns", lambda: now_ns)
+    settings = config(2, 0, 4, tmp_path / "s")
+    chain = list(range(3 * PAGE))
+    for pages in (1, 2, 3):
+        with TierManager(LAYOUT, settings) as manager:
+            grow(manager, manager.open_sequence(), chain[: pages * PAGE])
+        now_ns += 60 * 10**9
+    with TierManager(LAYOUT, settings) as manager:
+        grow(manager, manager.open_sequence(), list(range(900, 900 + 5 * PAGE)))
+        assert manager.stats().tiers[Tier.SSD].evictions > 0
+        assert manager.open_sequence(chain).num_tokens > 0
+
+
 def test_a_flush_keeps_the_beginning_of_what_grows(tmp_path: Path) -> None:
     """What has no room is a sequence's end, though that was named last."""
-    settings = config(8, 0, 3, tmp_path / "s")
+    settings = config(2, 8, 3, tmp_path / "s")
     tokens = list(range(5 * PAGE))
     with TierManager(LAYOUT, settings) as manager:
         sequence = manager.open_sequence()
         for start in range(0, len(tokens), PAGE):
             grow(manager, sequence, tokens[start : start + PAGE])
         manager.flush()
+        kept = manager._core.table.states(sequence.pages, Tier.SSD) == CopyState.VALID
+        assert kept.tolist() == [True] * 3 + [False] * 2
     with TierManager(LAYOUT, settings) as manager:
         assert manager.open_sequence(tokens).num_tokens == 3 * PAGE
 
