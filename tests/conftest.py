@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from functools import cache
 
@@ -11,6 +12,10 @@ from hypothesis import settings
 # A busy machine is slow, not wrong: pytest's own timeout ends what hangs.
 settings.register_profile("tiermem", deadline=None)
 settings.load_profile("tiermem")
+
+# A shell ignores it for what it runs in the background, and so would the programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -182,7 +182,7 @@ def test_a_sync_that_hangs_has_a_deadline(
     grow(manager, manager.open_sequence(), 2 * PAGE)
     assert manager._store is not None
     file, hanging = manager._store._file._file, HangingFile()
-    monkeypatch.setattr(manager._store._commits, "_sync_payload", hanging.sync)
+    monkeypatch.setattr(manager._store.payload, "sync", hanging.sync)
     with in_time(), pytest.raises(NotDurableError, match=r"2 of 2 .*making the SSD tier durable"):
         manager.flush()
     with in_time(0), pytest.raises(NotDurableError, match=r"2 of 2 .*SSD tier is off"):

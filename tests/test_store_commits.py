@@ -32,11 +32,20 @@ class Clock:
 
 
 class Disk:
-    """Stands for the sync of the payload: fails while it is told to, and counts."""
+    """Stands for the payload: its sync fails while it is told to, and is counted."""
 
     def __init__(self) -> None:
         self.fails = False
         self.num_calls = 0
+
+    def write_again(self, most_parts: int | None = None) -> bool:
+        return True
+
+    def begin_sync(self) -> None:
+        pass
+
+    def end_sync(self, *, is_good: bool) -> None:
+        assert is_good != self.fails
 
     def sync(self) -> None:
         self.num_calls += 1
@@ -112,7 +121,7 @@ def test_commits_that_fail_are_tried_ever_more_rarely(
     store: ColdStore, caplog: pytest.LogCaptureFixture, num_records: int
 ) -> None:
     clock, disk = Clock(), Disk()
-    commits = Commits(disk.sync, store.index, store.engine, TIMEOUT_S, clock)
+    commits = Commits(disk, store.index, store.engine, TIMEOUT_S, clock)
     publish(store, [0])
     store.index._pending |= {b"x%d" % i: b"" for i in range(num_records - 1)}
     disk.fails = True
@@ -146,7 +155,7 @@ def test_commits_that_fail_are_tried_ever_more_rarely(
 
 def test_what_a_failed_commit_had_is_part_of_the_next_one(tmp_path: Path) -> None:
     store, disk = open_store(tmp_path), Disk()
-    commits = Commits(disk.sync, store.index, store.engine, TIMEOUT_S)
+    commits = Commits(disk, store.index, store.engine, TIMEOUT_S)
     names = publish(store, [0, 1])
     gone = publish(store, [2])
     disk.fails = True
@@ -204,7 +213,7 @@ def test_a_commit_that_an_interrupt_left_is_ended_first(
         raise KeyboardInterrupt
 
     names = publish(store, [0])
-    monkeypatch.setattr(store._commits, "_sync_payload", go_on.wait)
+    monkeypatch.setattr(store.payload, "sync", go_on.wait)
     monkeypatch.setattr(PatientCall, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.sync()
@@ -224,7 +233,7 @@ def test_a_commit_that_an_interrupt_left_is_ended_first(
 
 def test_what_is_pending_stays_bounded_while_nothing_can_be_written(store: ColdStore) -> None:
     disk = Disk()
-    commits = Commits(disk.sync, store.index, store.engine, TIMEOUT_S)
+    commits = Commits(disk, store.index, store.engine, TIMEOUT_S)
     publish(store, [0])
     commits.sync()
     disk.fails = True

@@ -13,6 +13,7 @@ from tiermem.breaker import Use
 from tiermem.core import Core
 from tiermem.disk_budget import Pause
 from tiermem.errors import NotDurableError, TransferError
+from tiermem.page_sums import Damage
 from tiermem.pools import ABSENT, VALID, Ids, Tier
 from tiermem.store import ColdStore
 
@@ -49,11 +50,15 @@ def flush_published(core: Core, store: ColdStore) -> None:
 def write_published(core: Core, store: ColdStore) -> None:
     """Write published pages that are not on the SSD, coldest first; within the cap, the hottest.
 
+    Those that a failed sync left in doubt are written again, and where they are damaged, from another copy.
+
     Raises
     ------
     TransferError: a write failed. NotDurableError: some were left out, because the disk is to be spared.
     """
     core.leases.note_use()
+    store.payload.write_again()
+    _drop_damaged(core, store)
     pages = core.prefixes.pages()
     _name_stored(core, store, pages[core.table.states(pages, Tier.SSD) == VALID])
     kept = _within_cap(core)
@@ -70,6 +75,19 @@ def write_published(core: Core, store: ColdStore) -> None:
     if num_left := len(missing) - num_allowed:
         why = store.guard.pause or Pause.BUDGET
         raise NotDurableError(num_left, len(kept), why.value)
+
+
+def _drop_damaged(core: Core, store: ColdStore) -> None:
+    """Drop copies that were found damaged when they were to be written again."""
+    pages = core.prefixes.pages()
+    pages = pages[core.table.states(pages, Tier.SSD) == VALID]
+    slots = core.table.slots(pages, Tier.SSD)
+    damaged = np.flatnonzero(store.payload.are_damaged(slots))
+    if len(damaged):
+        core.mover.quarantine.report(
+            [Damage(Tier.SSD, int(pages[i]), int(slots[i]), None) for i in damaged]
+        )
+        core.mover.quarantine.drop_found()
 
 
 def _within_cap(core: Core) -> Ids:

@@ -15,24 +15,33 @@ from tiermem.layout import PageLayout
 from tiermem.store_files import stride_of
 from tiermem.store_format import TRAILER_BYTES
 from tiermem.store_transfer import CheckPart, Int64s, StoreTransfer
+from tiermem.unsynced import UnsyncedSlots
 
 
 class SlotFile:
     """Pages, slices and trailers go between the slots and host memory; whole pages with their trailers.
 
+    `unsynced` is told of every write.
+
     Parameters
     ----------
-    file: as long as its slots, of pages of `layout`.
+    file: as long as its `num_slots` slots, of pages of `layout`.
     timeout_s: deadline of each transfer, seconds.
 
     What is started here does not wait for the disk; trailers alone do.
     """
 
     def __init__(
-        self, file: _core.BlockFile, engine: GuardedEngine, layout: PageLayout, timeout_s: float
+        self,
+        file: _core.BlockFile,
+        num_slots: int,
+        engine: GuardedEngine,
+        layout: PageLayout,
+        timeout_s: float,
     ) -> None:
         self.timeout_s = timeout_s
-        self._stride = stride_of(layout)
+        self.stride = stride_of(layout)
+        self.unsynced = UnsyncedSlots(num_slots)
         self._file = file
         self._engine = engine
         self._layout = layout
@@ -56,6 +65,15 @@ class SlotFile:
         tails = _new_tails(len(slots))
         return StoreTransfer(self._engine, slots, addresses, tails, self.timeout_s, check)
 
+    def new_own_pages(self, slots: Int64s) -> StoreTransfer:
+        """As `new_pages`, with memory of its own for the pages too."""
+        memory = new_memory(len(slots) * self._layout.slot_bytes, f"{len(slots)} pages")
+        base = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+        addresses = base + np.arange(len(slots), dtype=np.int64) * self._layout.slot_bytes
+        transfer = self.new_pages(slots, addresses)
+        transfer.memory = memory
+        return transfer
+
     def read_pages(self, transfer: StoreTransfer, places: Int64s) -> None:
         """Start reading a part of `transfer`, pages and trailers."""
         operations = self._pages(transfer, places, transfer.addresses[places])
@@ -64,12 +82,13 @@ class SlotFile:
     def write_pages(self, transfer: StoreTransfer, places: Int64s, sources: Int64s) -> None:
         """Start writing a part of `transfer`: the pages from `sources`, and the transfer's trailers."""
         operations = self._pages(transfer, places, sources)
+        self.unsynced.note_write(transfer, transfer.slots[places], is_whole=True)
         transfer.start_part(self._engine.submit_write, operations, places)
 
     def _pages(
         self, transfer: StoreTransfer, places: Int64s, addresses: Int64s
     ) -> tuple[_core.BlockFile, Int64s, Int64s, Int64s, Int64s, int]:
-        offsets = transfer.slots[places] * self._stride
+        offsets = transfer.slots[places] * self.stride
         lengths = np.full(len(places), self._layout.slot_bytes, dtype=np.int64)
         tails = _row_addresses(transfer.trailers)[places]
         return self._file, offsets, addresses, lengths, tails, TRAILER_BYTES
@@ -92,12 +111,13 @@ class SlotFile:
     ) -> None:
         """Start writing a part of `transfer` from `sources`."""
         operations = self._slices(transfer, places, layer, sources)
+        self.unsynced.note_write(transfer, transfer.slots[places], is_whole=False)
         transfer.start_part(self._engine.submit_write, operations, places)
 
     def _slices(
         self, transfer: StoreTransfer, places: Int64s, layer: int, addresses: Int64s
     ) -> tuple[_core.BlockFile, Int64s, Int64s, Int64s]:
-        offsets = transfer.slots[places] * self._stride + layer * self._layout.layer_bytes
+        offsets = transfer.slots[places] * self.stride + layer * self._layout.layer_bytes
         lengths = np.full(len(places), self._layout.layer_bytes, dtype=np.int64)
         return self._file, offsets, addresses, lengths
 
@@ -123,6 +143,7 @@ class SlotFile:
         """
         transfer = self._new_trailers(len(slots))
         transfer.trailers[:] = raw
+        self.unsynced.note_write(transfer, slots, is_whole=False)
         self._move_trailers(transfer, slots, self._engine.submit_write)
 
     def _new_trailers(self, count: int) -> StoreTransfer:
@@ -134,7 +155,7 @@ class SlotFile:
     def _move_trailers(
         self, transfer: StoreTransfer, slots: Int64s, submit: Callable[..., int]
     ) -> None:
-        offsets = slots * self._stride + self._layout.slot_bytes
+        offsets = slots * self.stride + self._layout.slot_bytes
         lengths = np.full(len(slots), TRAILER_BYTES, dtype=np.int64)
         operations = self._file, offsets, _row_addresses(transfer.trailers), lengths
         transfer.start_part(submit, operations, transfer.slots)
@@ -162,9 +183,12 @@ def _row_addresses(rows: NDArray[np.uint8]) -> Int64s:
 
 
 def _new_tails(count: int) -> mmap.mmap:
+    return new_memory(TRAILER_BYTES * count, f"{count} trailers of pages")
+
+
+def new_memory(num_bytes: int, what: str) -> mmap.mmap:
+    """Memory of the host for `what`; raises TransferError where there is none."""
     try:
-        return mmap.mmap(-1, TRAILER_BYTES * count)
+        return mmap.mmap(-1, num_bytes)
     except OSError as error:
-        raise TransferError(
-            error.errno, f"no memory for {count} trailers of pages: {error.strerror}"
-        ) from error
+        raise TransferError(error.errno, f"no memory for {what}: {error.strerror}") from error

@@ -51,6 +51,7 @@ from tiermem.store_files import (
 )
 from tiermem.store_format import TRAILER_BYTES, PageName
 from tiermem.store_index import StoredPages, StoreIndex
+from tiermem.store_payload import Payload
 from tiermem.store_rebuild import INDEX, is_mendable, mend_index, rebuild_index
 from tiermem.store_transfer import Int64s, StoreTransfer, parts_of
 from tiermem.vault import Vault
@@ -63,8 +64,9 @@ log = logging.getLogger("tiermem")
 class ColdStore:
     """The SSD tier of one manager. One process owns a store, by flock.
 
-    `index` says which page is where, and is told what may be found; `guard` what may be written ahead of need;
-    `breaker` whether the disk is to be used at all; `engine` moves the bytes.
+    `index` says which page is where, and is told what may be found; `payload` which pages a sync that failed has
+    lost; `guard` what may be written ahead of need; `breaker` whether the disk is to be used at all; `engine`
+    moves the bytes.
 
     Parameters
     ----------
@@ -111,7 +113,7 @@ class ColdStore:
             file = open_slots(self._directory, self.slot_stride * self.num_slots)
             self.breaker = Breaker("SSD")
             self.engine = open_guarded(io_engine, options, self.breaker)
-            self._file = SlotFile(file, self.engine, layout, timeout_s)
+            self._file = SlotFile(file, self.num_slots, self.engine, layout, timeout_s)
             self.index = self._open_index(num_there)
             self.guard = DiskGuard(
                 self._directory, cap_bytes, self.slot_stride, limits or DiskLimits()
@@ -123,8 +125,11 @@ class ColdStore:
                 self._vault.close()
             raise
         self._trailers = SlotTrailers(layout, self._file, self.index, self._vault)
+        self.payload = Payload(
+            layout, self._file, self._trailers, self.index, self.guard, self._vault
+        )
         self._timeout_s = timeout_s
-        self._commits = Commits(self._file.sync, self.index, self.engine, timeout_s)
+        self._commits = Commits(self.payload, self.index, self.engine, timeout_s)
         self.num_corrupt = 0
         self._is_idle = False
 

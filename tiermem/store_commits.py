@@ -14,12 +14,15 @@ from tiermem.errors import DeadlineError, TransferError
 from tiermem.guarded_io import GuardedEngine
 from tiermem.patience import PatientCall
 from tiermem.store_index import Records, StoreIndex
+from tiermem.store_payload import Payload
 
 log = logging.getLogger("tiermem")
 
 SYNC_S = 1.0
 SYNC_RECORDS = 4096
 """Entries and deletions become durable when the oldest is so many seconds old, or when there are so many."""
+MOST_PARTS = 1
+"""Of about 8 MiB that are written again where nobody waits for it."""
 LONGEST_PAUSE_S = 300.0
 """After commits that failed, until the next one that nobody asked for."""
 
@@ -27,26 +30,28 @@ LONGEST_PAUSE_S = 300.0
 class Commits:
     """Of one store. A commit makes the payload durable, then the entries that name it.
 
+    What an earlier sync left in doubt is written again first, so that no entry is durable before its page.
+
     It runs in a thread of its own, because the calls of the system have no deadline, while the caller waits. The
     thread is given its records and touches nothing else of the index: so one that is late can go on while more is
     published, and how it ended is noted when that is known, before the next one begins.
 
     Parameters
     ----------
-    sync_payload: makes what was written to the slots durable; raises TransferError.
+    payload: the pages and trailers in the slots.
     timeout_s: deadline of one commit, seconds.
     clock: seconds that never run backwards.
     """
 
     def __init__(
         self,
-        sync_payload: Callable[[], None],
+        payload: Payload,
         index: StoreIndex,
         engine: GuardedEngine,
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._sync_payload = sync_payload
+        self._payload = payload
         self._index = index
         self._engine = engine
         self._timeout_s = timeout_s
@@ -55,6 +60,8 @@ class Commits:
         self._backoff = Backoff(SYNC_S, LONGEST_PAUSE_S, clock)
         self._running: PatientCall | None = None
         """The commit whose end was not noted yet."""
+        self._is_payload_synced = False
+        """By that commit."""
 
     @property
     def is_idle(self) -> bool:
@@ -82,7 +89,10 @@ class Commits:
                 self._wait(self._running)
             if self._running is not None:
                 raise TransferError(errno.EIO, breaker.describe())
+        self._write_again()
         records = self._index.begin_commit()
+        self._is_payload_synced = False
+        self._payload.begin_sync()
         try:
             self._running = PatientCall(
                 lambda: self._make_durable(records), "making the SSD tier durable"
@@ -107,9 +117,18 @@ class Commits:
             self._last_s = now_s
             return
         try:
-            self.sync()
+            if self._write_again(MOST_PARTS):
+                self.sync()
         except TransferError as error:
             log.error("%s; tried again in %g s", error, self._backoff.pause_s)
+
+    def _write_again(self, most_parts: int | None = None) -> bool:
+        """Write what is in doubt again; whether none is left."""
+        try:
+            return self._payload.write_again(most_parts)
+        except TransferError:
+            self._backoff.note_failure()
+            raise
 
     def _wait(self, call: PatientCall) -> None:
         """Wait for a commit, and note its end where it has one."""
@@ -123,13 +142,21 @@ class Commits:
         finally:
             if call.poll():
                 self._running = None
-                self._index.end_commit(is_good=is_good)
-            if is_good:
-                self._last_s = self._clock()
-                self._backoff.note_good()
+                self._end(is_good=is_good)
             else:
                 self._backoff.note_failure()
 
     def _make_durable(self, records: Records) -> None:
-        self._sync_payload()
+        self._payload.sync()
+        self._is_payload_synced = True
         self._index.write(records)
+
+    def _end(self, *, is_good: bool) -> None:
+        """Note the end of the commit that began last."""
+        self._payload.end_sync(is_good=self._is_payload_synced)
+        self._index.end_commit(is_good=is_good)
+        if is_good:
+            self._last_s = self._clock()
+            self._backoff.note_good()
+        else:
+            self._backoff.note_failure()

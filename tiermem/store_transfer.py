@@ -57,6 +57,8 @@ class StoreTransfer:
         self.tails = tails
         self.sums = np.empty((0, 0), dtype=np.uint64)
         """Of a read of whole pages: the layers' checksums in the trailers, (pages, layers), once it ended."""
+        self.memory: mmap.mmap | None = None
+        """Where the pages are, if it is the transfer's own: kept until it has ended."""
         self._engine = engine
         self._timeout_s = timeout_s
         self._deadline_s = time.monotonic() + timeout_s
@@ -98,6 +100,11 @@ class StoreTransfer:
     def has_ended(self) -> bool:
         """Whether no part that was submitted is on its way any more, as far as `poll` and `wait` have seen."""
         return self._num_ended == len(self._parts)
+
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether something was moved, and all that was to be, as far as `poll` and `wait` have seen."""
+        return self.has_ended and bool(self._parts) and self._error is None
 
     def poll(self) -> bool:
         """Whether all parts have ended; raises TransferError then if one failed."""
