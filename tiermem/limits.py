@@ -6,23 +6,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tiermem._core import EngineKind
 from tiermem.calibration import Calibration, load_logged
-from tiermem.config import IoEngine, TierConfig
+from tiermem.config import TierConfig
 from tiermem.device.copy_measure import MeasurableDevice
 from tiermem.device.discovery import survey
 from tiermem.device.protocol import Device, DeviceKind
 from tiermem.disk_rates import DiskOptions
+from tiermem.guarded_io import ENGINE_KINDS
 from tiermem.machine import Machine
 from tiermem.meter import Route
 from tiermem.pools import Tier
 from tiermem.ram_split import SplitRates, SplitWork, best_split
-
-ENGINE_KINDS = {
-    IoEngine.AUTO: EngineKind.AUTO,
-    IoEngine.URING: EngineKind.IO_URING,
-    IoEngine.THREADS: EngineKind.THREADS,
-}
 
 
 def calibration_of(device: Device) -> Calibration | None:
@@ -46,7 +40,7 @@ def use_best_copies(device: Device, made: Calibration | None) -> None:
 def disk_options(made: Calibration | None, config: TierConfig) -> DiskOptions | None:
     """The way to read and write that suits the cold tier's disk best; None where it was not measured."""
     place = None if made is None or config.ssd_path is None else made.disk_at(config.ssd_path)
-    return None if place is None else place.rates.choose(ENGINE_KINDS[config.io_engine])
+    return None if place is None else place.rates.choose(ENGINE_KINDS[config.io_engine.value])
 
 
 def route_limits(made: Calibration | None, ssd_path: Path | None) -> dict[Route, float]:
