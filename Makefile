@@ -16,6 +16,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # Torch's threads sleep while they wait for each other. By default they spin, which on a busy machine takes the
 # cores from those that are waited for.
 export OMP_WAIT_POLICY ?= passive
+# Else every program that a test starts would compile what it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -9,8 +9,8 @@ set -eu
 
 venv=$1
 extras=dev
-# Python compiles what is imported when it is; compiling all of torch and transformers takes half a minute.
-export PIP_NO_COMPILE=1
+# Python compiles what is imported when it is, and keeps it; pip would compile all of torch and transformers now.
+unset PYTHONDONTWRITEBYTECODE
 cd "$(dirname "$0")/.."
 
 say() { echo "make_venv: $*" >&2; }
@@ -56,8 +56,8 @@ pinned_environment() {
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" ||
     fail "$python -m venv failed; on Debian: apt-get install python3-venv"
   pip="$venv/bin/python -m pip --disable-pip-version-check"
-  $pip install -q -c constraints.txt scikit-build-core nanobind $(build_tools)
-  $pip install -q -c constraints.txt --no-build-isolation -e ".[$extras]"
+  $pip install -q --no-compile -c constraints.txt scikit-build-core nanobind $(build_tools)
+  $pip install -q --no-compile -c constraints.txt --no-build-isolation -e ".[$extras]"
 }
 
 # A new environment whose path ends with that of $python. A .pth file rather than --system-site-packages, since
@@ -87,13 +87,13 @@ for line in open("constraints.txt"):
         print(line, end="")
 PYTHON
   if {
-    $pip install -q -c "$pins" scikit-build-core nanobind $(build_tools) &&
-      $pip install -q -c "$pins" --no-build-isolation -e ".[$extras]"
+    $pip install -q --no-compile -c "$pins" scikit-build-core nanobind $(build_tools) &&
+      $pip install -q --no-compile -c "$pins" --no-build-isolation -e ".[$extras]"
   } 2>"$venv/pip.log"; then
     return
   fi
   say "no package index has all that is missing ($venv/pip.log); building with what $python has"
-  $pip install -q --no-build-isolation --no-deps -e .
+  $pip install -q --no-compile --no-build-isolation --no-deps -e .
 }
 
 if [ -x "$venv/bin/python" ]; then

@@ -1,6 +1,6 @@
 """Random operations on manager, sequences and the simulated device, against an oracle.
 
-22,500 of them; TIERMEM_RANDOM_RUNS=200 makes them 100,000.
+20,000 of them; TIERMEM_RANDOM_RUNS=200 makes them 100,000.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 from world import World
 
 SLOTS = ((4, 8, 0), (3, 4, 12), (6, 0, 24), (48, 6, 12), (2, 20, 0), (8, 8, 30), (1, 3, 24))
-RUNS = int(os.environ.get("TIERMEM_RANDOM_RUNS", "45"))
+RUNS = int(os.environ.get("TIERMEM_RANDOM_RUNS", "40"))
 OPERATIONS = 500
 """Of one run; half of them before the manager is closed and opened again, where there is a store."""
 
