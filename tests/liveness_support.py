@@ -93,7 +93,7 @@ def in_time(deadlines: int = 1) -> Iterator[None]:
 def make_due(manager: TierManager) -> None:
     """The pause of the SSD tier's breaker is over."""
     assert manager._store is not None
-    manager._store.breaker._retry_s = 0.0
+    manager._store.breaker._backoff._until_s = 0.0
 
 
 def state(manager: TierManager) -> TierState:

@@ -28,6 +28,11 @@ class Backoff:
         """Whether it may be tried again."""
         return self._clock() >= self._until_s
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until then."""
+        return max(0.0, self._until_s - self._clock())
+
     def note_failure(self) -> None:
         """It failed: a pause begins."""
         self.pause_s = min(max(self._first_s, 2 * self.pause_s), self._longest_s)

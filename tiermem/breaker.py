@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 
+from tiermem.backoff import Backoff
 from tiermem.errors import TransferError
 
 log = logging.getLogger("tiermem")
@@ -63,8 +64,7 @@ class Breaker:
         self._failures = dict.fromkeys(Use, 0)
         self._shut: frozenset[Use] = frozenset()
         self._reason = ""
-        self._pause_s = 0.0
-        self._retry_s = 0.0
+        self._backoff = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S, clock)
         self._good_until_s = 0.0
         self._is_probing = False
         self._has_probe = False
@@ -87,14 +87,13 @@ class Breaker:
 
     def describe(self) -> str:
         """Why the tier is not on."""
-        wait_s = max(0.0, self._retry_s - self._clock())
-        again = "when what is late there has ended" if self.num_late else f"in {wait_s:.1f} s"
+        late = "when what is late there has ended"
+        again = late if self.num_late else f"in {self._backoff.left_s:.1f} s"
         return f"the {self._name} tier is {self.state.value} ({self._reason}), it is tried again {again}"
 
     def report(self) -> BreakerReport:
         """What `stats` shows."""
-        on = self.state is TierState.ON
-        wait_s = None if on else max(0.0, self._retry_s - self._clock())
+        wait_s = None if self.state is TierState.ON else self._backoff.left_s
         return BreakerReport(self.state, self.num_trips, self._reason, wait_s)
 
     # ---- what happened -----------------------------------------------------------------------------
@@ -124,7 +123,7 @@ class Breaker:
     def is_probe_due(self) -> bool:
         """Whether it is time for one probe."""
         is_shut = bool(self._shut) and not self._has_probe
-        return is_shut and self.num_late == 0 and self._clock() >= self._retry_s
+        return is_shut and self.num_late == 0 and self._backoff.is_over
 
     def begin_probe(self) -> None:
         """One is on its way, until `probe_ended`; there is only one at a time."""
@@ -148,16 +147,14 @@ class Breaker:
         log.warning("the %s tier is on again", self._name)
         self._shut = frozenset()
         self._failures = dict.fromkeys(Use, 0)
-        self._good_until_s = self._clock() + 2 * self._pause_s
+        self._good_until_s = self._clock() + 2 * self._backoff.pause_s
 
     def _trip(self, shut: frozenset[Use], reason: str) -> None:
-        now_s = self._clock()
-        # one that fails again soon after it came back is left alone for longer
-        was_bad = bool(self._shut) or now_s < self._good_until_s
-        longer_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        if not self._shut >= shut or now_s >= self._retry_s:
-            self._pause_s = longer_s if was_bad else FIRST_PAUSE_S
-            self._retry_s = now_s + self._pause_s
+        if not self._shut >= shut or self._backoff.is_over:
+            # one that fails again soon after it came back is left alone for longer
+            if not self._shut and self._clock() >= self._good_until_s:
+                self._backoff.note_good()
+            self._backoff.note_failure()
         if not self._shut:
             self.num_trips += 1
         self._shut |= shut
