@@ -74,7 +74,7 @@ def test_what_is_measured_is_kept_shown_and_forgotten(cli: Cli, tmp_path: Path) 
         "CPU attention, fp16", "of RAM reads", "threads, one new token",
     ):  # fmt: skip
         assert words in text, words
-    assert re.search(r"used for another (30 d|29 d 23 h)\n", text)  # calibrating takes a moment
+    assert re.search(r"used for another (30 d 0 h|29 d 23 h)\n", text)  # calibrating takes a moment
     assert f"{tmp_path}  4.50 GB/s  4.25 GB/s" in text
     assert document["path"] in cli("calibrate", *CPU, "--forget").out
     assert (
