@@ -13,7 +13,7 @@ from hypothesis import settings
 settings.register_profile("tiermem", deadline=None)
 settings.load_profile("tiermem")
 
-# A shell ignores it for what it runs in the background, and so would the programs that tests start and interrupt.
+# What a shell runs in the background ignores SIGINT, and so would the programs that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -24,7 +24,15 @@ from test_cipher import KEY
 from test_power_loss import CAP, LAYOUT, ROOT, at, memory, move
 from test_store_commits import ids, publish
 
-from tiermem import NotDurableError, PageLayout, Sequence, TierManager, TransferError, _core
+from tiermem import (
+    DeadlineError,
+    NotDurableError,
+    PageLayout,
+    Sequence,
+    TierManager,
+    TransferError,
+    _core,
+)
 from tiermem._core import FaultOps, FileCall, Tier
 from tiermem.cipher_key import SecretKey
 from tiermem.guarded_io import GuardedEngine
@@ -222,6 +230,51 @@ def test_what_cannot_be_written_again_is_not_durable_and_stays_readable(
     assert intact(tmp_path / "s", None) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("call", [FileCall.READ, FileCall.WRITE])
+def test_writing_again_has_a_deadline_and_is_done_by_the_next_sync(
+    tmp_path: Path, disk: FaultOps, faults: FaultOps, call: FileCall
+) -> None:
+    store = ColdStore(tmp_path / "s", LAYOUT, CAP, "threads", 0.2)
+    publish(store, [0, 1, 2])
+    refuse_sync(disk)
+    with pytest.raises(TransferError, match="not synced"):
+        store.sync()
+    faults.hold(call, faults.num_calls(call) + 1, 100)
+    with pytest.raises(DeadlineError):
+        store.sync()
+    with pytest.raises(TransferError, match="SSD tier is off"):
+        store.sync()
+    assert not store.index.is_durable(ids([0, 1, 2])).any()
+    faults.release()
+    while store.num_late:
+        threading.Event().wait(0.01)
+    store.breaker.probe_ended(None)  # it is on again
+    store.sync()
+    assert store.index.is_durable(ids([0, 1, 2])).all()
+    store.close()
+    assert intact(tmp_path / "s", None) == {0, 1, 2}
+
+
+def test_writing_again_without_memory_fails_and_is_done_later(
+    store: ColdStore, disk: FaultOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, [0])
+    refuse_sync(disk)
+    with pytest.raises(TransferError, match="not synced"):
+        store.sync()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tiermem.slot_file.mmap.mmap", refuse)
+        with pytest.raises(TransferError, match="no memory for 1 pages"):
+            store.sync()
+    assert not store.index.is_durable(ids([0])).any()
+    store.sync()
+    assert store.index.is_durable(ids([0])).all()
+
+
 def test_a_page_that_was_damaged_meanwhile_is_not_written_again(
     store: ColdStore, disk: FaultOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,23 +327,22 @@ def test_a_thread_that_cannot_be_had_leaves_nothing_in_doubt(
 # ---- a manager ---------------------------------------------------------------------------------------
 
 
-def open_flushed(path: Path, disk: FaultOps) -> tuple[TierManager, Sequence]:
-    """A manager with three published pages on the SSD that a refused sync left in doubt."""
+def open_in_doubt(path: Path, disk: FaultOps) -> tuple[TierManager, Sequence, int]:
+    """A manager with three published pages on the SSD that a refused sync left in doubt; the second one's slot."""
     manager = open_manager(path, (8, 0, 32), io_timeout_s=TIMEOUT_S)
     sequence = manager.open_sequence()
     grow(manager, sequence, 3 * PAGE)
     refuse_sync(disk)
     with pytest.raises(NotDurableError, match=r"3 of 3 .*was not synced"):
         manager.flush()
-    return manager, sequence
+    return manager, sequence, int(manager._core.table.slots(sequence.pages[1:2], Tier.SSD)[0])
 
 
 def test_a_damaged_page_is_written_from_another_copy_by_the_next_flush(
     tmp_path: Path, disk: FaultOps
 ) -> None:
-    manager, sequence = open_flushed(tmp_path / "s", disk)
+    manager, sequence, slot = open_in_doubt(tmp_path / "s", disk)
     with manager:
-        slot = int(manager._core.table.slots(sequence.pages[1:2], Tier.SSD)[0])
         flip(tmp_path / "s", slot, manager.layout)
         manager.flush()
         assert manager.stats().corrupt_pages == 1
@@ -305,9 +357,8 @@ def test_a_damaged_page_is_written_from_another_copy_by_the_next_flush(
 def test_a_damaged_page_without_another_copy_is_lost_and_told(
     tmp_path: Path, disk: FaultOps
 ) -> None:
-    manager, sequence = open_flushed(tmp_path / "s", disk)
+    manager, sequence, slot = open_in_doubt(tmp_path / "s", disk)
     with manager:
-        slot = int(manager._core.table.slots(sequence.pages[1:2], Tier.SSD)[0])
         sequence.close()
         other = manager.open_sequence()
         grow(manager, other, 8 * PAGE, 1)  # the SSD has the only copy of the first pages now
@@ -324,7 +375,7 @@ def test_a_damaged_page_without_another_copy_is_lost_and_told(
 def test_closing_writes_again_too(
     tmp_path: Path, disk: FaultOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manager, _ = open_flushed(tmp_path / "s", disk)
+    manager, _, _ = open_in_doubt(tmp_path / "s", disk)
     medium = Medium(tmp_path / "s", monkeypatch)
     medium.drop()
     manager.close()

@@ -191,3 +191,23 @@ def test_a_damaged_slot_is_one_until_it_is_written(parts: tuple[int, ...]) -> No
     run.end_write(is_good=True)
     # a page of which only a part was written may still lack the other
     assert run.unsynced.to_write_again().tolist() == ([0] if len(parts) == PARTS else [0, 1])
+
+
+def test_many_writes_at_once_are_not_looked_at_again_and_again() -> None:
+    num_looks, count = 0, 3000
+
+    class Counting(Moving):
+        @property
+        def has_ended(self) -> bool:
+            nonlocal num_looks
+            num_looks += 1
+            return False
+
+        @has_ended.setter
+        def has_ended(self, _: bool) -> None:
+            pass
+
+    unsynced = UnsyncedSlots(count)
+    for slot in range(count):
+        unsynced.note_write(Counting(slot, (0, 1), 1), ids(slot), is_whole=True)  # type: ignore[arg-type]
+    assert num_looks < 10 * count

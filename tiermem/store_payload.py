@@ -18,7 +18,8 @@ from tiermem.vault import Vault
 class Payload:
     """Of one store: pages and trailers, of which the index' entries tell.
 
-    What is in doubt is written again before a commit begins, so that no entry is ever durable before its page.
+    What is in doubt is written again before a commit begins, so that no entry is durable before its page; but for
+    pages found damaged then, which the next flush drops.
     """
 
     def __init__(

@@ -21,6 +21,8 @@ _SYNCING, _SYNCING_WHOLE = 4, 8
 _DOUBTFUL = 16
 _DAMAGED = 32
 """In doubt, and not what was written when it was read to be written again."""
+LOOK_WRITES = 16
+"""Writes that were not seen to end are looked at when there are twice as many as last time, and so many more."""
 
 
 @dataclass(slots=True)
@@ -38,10 +40,12 @@ class UnsyncedSlots:
     def __init__(self, num_slots: int) -> None:
         self._flags = np.zeros(num_slots, dtype=np.uint8)
         self._writes: list[_Write] = []
+        self._most_writes = LOOK_WRITES
 
     def note_write(self, transfer: StoreTransfer, slots: Int64s, *, is_whole: bool) -> None:
         """`transfer` writes to `slots`; `is_whole`: page and trailer, so that nothing older counts any more."""
-        self._note_ended()
+        if len(self._writes) >= self._most_writes:
+            self._note_ended()
         self._writes.append(_Write(transfer, slots, is_whole))
         self._flags[slots] &= 0xFF ^ _DAMAGED
 
@@ -88,3 +92,4 @@ class UnsyncedSlots:
                 is_whole = write.is_whole and write.transfer.has_succeeded
                 self._flags[write.slots] |= _WRITTEN | (_WHOLE if is_whole else 0)
         self._writes = [write for write in self._writes if not write.transfer.has_ended]
+        self._most_writes = 2 * len(self._writes) + LOOK_WRITES
